@@ -135,7 +135,7 @@ def _range_sum(rng, d):
 
 
 def _divisors(rng, d):
-    n = rng.randint(2, 8) * rng.randint(3, 10 ** (d + 1) // 4)
+    n = rng.randint(2, 12) * rng.randint(5, 10 ** (d + 1) // 2)
     value = sum(1 for k in range(1, n + 1) if n % k == 0)
     text = rng.choice(["How many positive divisors does {n} have?", "Find the number of positive divisors of {n}."])
     return text.format(n=n), value
@@ -182,7 +182,7 @@ def _system(rng, d):
 
 
 def _digits(rng, d):
-    a, e = rng.randint(2, 19), rng.randint(5, 15 * d)
+    a, e = rng.randint(2, 99), rng.randint(5, 20 * d)
     return f"What is the sum of the digits of ${a}^{{{e}}}$?", sum(map(int, str(a**e)))
 
 
@@ -240,14 +240,18 @@ def arithmetic(split: str, n: int) -> list[Problem]:
     The splits are disjoint by construction: a question belongs to `test` if its hash falls into one fifth of the
     range, to `train` otherwise, whatever was drawn before it.
     """
-    rng, seen, problems = random.Random(f"arithmetic-{split}"), set(), []
+    rng, seen, problems, misses = random.Random(f"arithmetic-{split}"), set(), [], 0
     names = list(FAMILIES)
     while len(problems) < n:
+        if misses > 10_000:  # the smallest family has no new question left to draw
+            raise UserError(f"arithmetic has only about {len(problems)} different problems in its {split} split: lower --limit")
         family, difficulty = names[len(problems) % len(names)], 1 + (len(problems) // len(names)) % 3
         question, answer = FAMILIES[family](rng, difficulty)
         pid = problem_id(question)
         if pid in seen or (int(pid, 16) % 5 == 0) != (split == "test"):
+            misses += 1
             continue
+        misses = 0
         seen.add(pid)
         problems.append(Problem(pid, question, str(answer), {"family": family, "difficulty": difficulty}))
     return problems
