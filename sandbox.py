@@ -34,6 +34,7 @@ Same trace, same outputs, except for clocks (`datetime.now`), addresses (`id`, d
 import argparse
 import ast
 import collections
+import itertools
 import json
 import os
 import platform
@@ -67,7 +68,7 @@ BANNED_NAMES = {                # name: what to do instead
 HARMLESS_DUNDERS = {f"__{name}__" for name in (
     "name doc class init new str repr len iter next getitem setitem delitem contains call hash eq ne lt le gt ge add sub mul "
     "truediv floordiv mod pow neg abs radd rsub rmul rtruediv and or xor invert bool int float index enter exit "
-    "post_init annotations").split()}
+    "post_init annotations version debug main").split()}
 
 NO_NEW_PRIVS, PDEATHSIG, DUMPABLE, SECCOMP, CAPBSET_DROP = 38, 1, 4, 22, 24    # prctl(2)
 SYSCALLS = {                    # allowed whatever their arguments: (x86_64, aarch64)
@@ -100,9 +101,13 @@ def unfence(code):
     return match.group(1) if match else code
 
 
-def check(tree):
-    """Layer 1: raises PermissionError with a message that the model can act on."""
-    for node in ast.walk(tree):
+def check(tree, known):
+    """Layer 1: raises PermissionError with a message that the model can act on. `known`: names of earlier snippets."""
+    nodes = list(ast.walk(tree))
+    known = {*known, *(node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)),
+             *(node.arg for node in nodes if isinstance(node, ast.arg)),
+             *(node.name for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef)))}
+    for node in nodes:
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -111,11 +116,12 @@ def check(tree):
         for name in names:
             if name.split(".")[0] not in ALLOWED:
                 raise PermissionError(f"import of '{name}' is not allowed; allowed: {', '.join(ALLOWED)}")
-        if isinstance(node, ast.Name) and node.id in BANNED_NAMES and isinstance(node.ctx, ast.Load):
-            raise PermissionError(f"'{node.id}' is not available; {BANNED_NAMES[node.id]}")
-        # every attribute trick on the interpreter starts at one of __base__, __globals__, __subclasses__, ...
-        if isinstance(node, ast.Attribute) and re.fullmatch("__.*__", node.attr) and node.attr not in HARMLESS_DUNDERS:
-            raise PermissionError(f"attribute '{node.attr}' is not available (line {node.lineno})")
+        name = getattr(node, "id", None) or getattr(node, "attr", None) or ""
+        if isinstance(node, ast.Name) and name in BANNED_NAMES and name not in known:
+            raise PermissionError(f"'{name}' is not available; {BANNED_NAMES[name]} (line {node.lineno})")
+        # the usual tricks on the interpreter start at __base__, __globals__, __builtins__, ...
+        if re.fullmatch("__.*__", name) and name not in HARMLESS_DUNDERS:
+            raise PermissionError(f"'{name}' is not available (line {node.lineno})")
 
 
 def explain(error, sources):
@@ -133,6 +139,8 @@ def explain(error, sources):
             where = trace.tb_frame.f_code.co_filename, trace.tb_lineno
         trace = trace.tb_next
     text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    if isinstance(error, PermissionError) and error.errno:
+        text += "; snippets have no files, network or processes"
     text = text if len(text) <= 1000 else text[:500] + " ... " + text[-500:]
     if where is None:
         return text
@@ -144,11 +152,10 @@ def explain(error, sources):
 # ---------------------------------------------------------------- the kernel's side: runs in the session, once
 
 def libc_call(name, *args):
-    """A libc function by ctypes, with 64-bit arguments; raises OSError."""
+    """A libc function by ctypes, with 64-bit integers; raises OSError."""
     import ctypes
     libc = ctypes.CDLL(None, use_errno=True)
-    wide = [ctypes.c_long(a) if isinstance(a, int) else a for a in args]
-    result = getattr(libc, name)(*wide)
+    result = getattr(libc, name)(*[ctypes.c_long(a) if isinstance(a, int) else a for a in args])
     if result < 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return result
@@ -159,35 +166,44 @@ def seccomp_filter():
     if platform.machine() not in ARCHES or sys.maxsize < 1 << 32:
         return None
     column, arch = ARCHES[platform.machine()]
-    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+    LOAD, EQUAL, AT_LEAST, ANY_BIT, RETURN = 0x20, 0x15, 0x35, 0x45, 0x06      # (code, jump if true, if false, constant)
     KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x50001, 0x50026
-    number, argument = 0, lambda i, high=0: 16 + 8 * i + 4 * high        # offsets in struct seccomp_data
-    code = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, number)]
-    if arch == 0xC000003E:
-        code += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]     # the x32 table: a second set of numbers
+    number, machine, argument = 0, 4, lambda i, high=0: 16 + 8 * i + 4 * high  # offsets in struct seccomp_data
+    code = [(LOAD, 0, 0, machine), (EQUAL, 1, 0, arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, number)]
+    if platform.machine() == "x86_64":
+        code += [(AT_LEAST, 0, 1, 0x40000000), (RETURN, 0, 0, KILL)]           # x32: a second set of numbers
     for pair in SYSCALLS.values():
         if pair[column] is not None:
             code += [(EQUAL, 0, 1, pair[column]), (RETURN, 0, 0, ALLOW)]
-    for call in ((9, 222)[column], (10, 226)[column]):                   # mmap, mprotect: never executable
+    for call in ((9, 222)[column], (10, 226)[column]):                         # mmap, mprotect: never PROT_EXEC
         code += [(EQUAL, 0, 4, call), (LOAD, 0, 0, argument(2)), (ANY_BIT, 0, 1, 4),
                  (RETURN, 0, 0, EPERM), (RETURN, 0, 0, ALLOW)]
-    code += [(EQUAL, 0, 10, (302, 261)[column])]                         # prlimit64: only to read one's own
-    for offset in (argument(0), argument(2), argument(2, 1)):
+    code += [(EQUAL, 0, 10, (302, 261)[column])]                               # prlimit64: only to read one's own
+    for offset in (argument(0), argument(2), argument(2, high=1)):
         code += [(LOAD, 0, 0, offset), (EQUAL, 1, 0, 0), (RETURN, 0, 0, EPERM)]
-    code += [(RETURN, 0, 0, ALLOW), (EQUAL, 0, 1, 435), (RETURN, 0, 0, ENOSYS),   # clone3: libc then tries clone
+    code += [(RETURN, 0, 0, ALLOW), (EQUAL, 0, 1, 435), (RETURN, 0, 0, ENOSYS),  # clone3: libc falls back to clone
              (RETURN, 0, 0, EPERM)]
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
+def seccomp(code):
+    import ctypes
+    if not code:
+        raise OSError(0, f"no system call table for {platform.machine()}")
+    buffer = ctypes.create_string_buffer(code, len(code))
+    program = ctypes.create_string_buffer(struct.pack("HP", len(code) // 8, ctypes.addressof(buffer)))
+    libc_call("prctl", SECCOMP, 2, ctypes.addressof(program), 0, 0)
+    return f"{len(code) // 8} instructions"
+
+
 def landlock():
-    """Denies every right that this kernel's Landlock knows, on every path; raises OSError if there is none."""
+    """Denies every right that this kernel's Landlock knows, on every path."""
     import ctypes
     create, restrict = 444, 446
     abi = libc_call("syscall", create, 0, 0, 1)
-    bits = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)                     # refer from 2, truncate from 3, ioctl from 5
-    attribute = struct.pack("QQQ", (1 << bits) - 1, 3 if abi >= 4 else 0, 3 if abi >= 6 else 0)
-    attribute = attribute[:8 if abi < 4 else 16 if abi < 6 else 24]      # files, TCP from 4, scopes from 6
-    ruleset = libc_call("syscall", create, ctypes.c_char_p(attribute), len(attribute), 0)
+    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)                         # refer from 2, truncate from 3, ioctl from 5
+    rules = struct.pack("QQQ", (1 << rights) - 1, 3, 3)[:8 if abi < 4 else 16 if abi < 6 else 24]  # TCP from 4, scopes from 6
+    ruleset = libc_call("syscall", create, ctypes.c_char_p(rules), len(rules), 0)
     libc_call("syscall", restrict, ruleset, 0)
     os.close(ruleset)
     return f"ABI {abi}"
@@ -200,35 +216,30 @@ def set_rlimits(memory):
         mapped = int(file.read().split()[0]) * resource.getpagesize()
     wanted = {"AS": mapped + memory, "STACK": 64 << 20, "FSIZE": 0, "NOFILE": 16, "CORE": 0, "CPU": 3600, "MEMLOCK": 0,
               "MSGQUEUE": 0, "SIGPENDING": 64, "NPROC": 0}
-    for name, value in wanted.items():
-        which = getattr(resource, "RLIMIT_" + name)
+    for which, value in ((getattr(resource, "RLIMIT_" + name), value) for name, value in wanted.items()):
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
+    return f"{memory >> 20} MB"
 
 
 def drop_privileges():
-    """Root becomes an unused uid of its own (siblings differ, so none may signal another), or loses all capabilities."""
+    """Root becomes an unused uid (siblings differ: none may signal another); everybody loses all capabilities."""
     import ctypes
-    said = f"uid {os.getuid()}, no capabilities"
     with open("/proc/self/status") as file:
         effective = int(re.search(r"CapEff:\s*(\w+)", file.read()).group(1), 16)
-    if os.geteuid() == 0 and effective >> 5 & 7 == 7:                    # CAP_KILL (or it could not be killed), SETGID, SETUID
-        try:
-            os.setgroups([])
-        except OSError:
-            pass
-        for uid in (2_000_000_000 + os.getpid(), 65534):
+    if os.geteuid() == 0 and effective >> 5 & 7 == 7:                          # CAP_KILL (or none could be killed), SETGID, SETUID
+        for uid in (2_000_000_000 + os.getpid(), 65534):                       # the second in a container that maps few ids
             try:
                 os.setresgid(uid, uid, uid)
+                os.setgroups([])
                 os.setresuid(uid, uid, uid)
-                said = "root dropped to an unused uid" if uid != 65534 else "root dropped to uid 65534"
                 break
             except OSError:
                 continue
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
     libc_call("capset", ctypes.c_char_p(header), ctypes.c_char_p(nothing))
-    return said if os.getuid() else "uid 0 kept without capabilities: only seccomp stops forks"
+    return f"uid {os.getuid()}, no capabilities" if os.getuid() else "uid 0 kept, no capabilities: only seccomp stops forks"
 
 
 def die_with(parent):
@@ -239,48 +250,37 @@ def die_with(parent):
 
 
 def lock_in(config, parent):
-    """Puts up the kernel's walls, in the one order that works; returns {layer: "on: ..." | "off: why"}."""
-    import ctypes
+    """Puts up the kernel's walls in the one order that works; returns {layer: "on: ..." | "off: why"}."""
     report = {}
 
     def layer(name, function, *args):
-        if name not in config["layers"]:
-            report[name] = "off: not asked for"
-            return
         try:
-            report[name] = f"on: {function(*args) or 'yes'}"
+            report[name] = f"on: {function(*args)}" if name in config["layers"] else "off: not asked for"
         except OSError as error:
             report[name] = f"off: {error.strerror}"
 
     layer("rlimits", set_rlimits, config["memory"])
     layer("uid", drop_privileges)
-    die_with(parent)                                                     # after setuid, which clears it
-    libc_call("prctl", DUMPABLE, 0, 0, 0, 0)                             # no ptrace, no /proc/PID/mem by the same uid
+    die_with(parent)                                                           # after setuid, which clears it
+    libc_call("prctl", DUMPABLE, 0, 0, 0, 0)                                   # no ptrace and no /proc/PID/mem by the same uid
     libc_call("prctl", NO_NEW_PRIVS, 1, 0, 0, 0)
     layer("landlock", landlock)
-    if "seccomp" in config["layers"] and not config["filter"]:
-        report["seccomp"] = f"off: no system call table for {platform.machine()}"
-    else:
-        text = config["filter"] or b""
-        buffer = ctypes.create_string_buffer(text, len(text) or 1)
-        program = ctypes.create_string_buffer(struct.pack("HP", len(text) // 8, ctypes.addressof(buffer)))
-        layer("seccomp", lambda: libc_call("prctl", SECCOMP, 2, ctypes.addressof(program), 0, 0) and "" or f"{len(text) // 8} instructions")
+    layer("seccomp", seccomp, config["filter"])
     return report
 
 
 def self_test():
-    """Tries to open, connect, fork and run; returns the attempts that did not end in EPERM."""
+    """Tries to open, connect, fork and run; returns those that did not end in EPERM."""
     attempts = {"open": lambda: os.open("/etc/passwd", os.O_RDONLY), "socket": socket.socket,
-                "fork": lambda: os.fork() or os._exit(0), "exec": lambda: os.execv("/proc/self/exe", ["python", "-V"])}
-    failed = []
+                "fork": lambda: os.fork() or os._exit(0), "exec": lambda: os.execv("/no/such/file", ["-"])}
+    passed = []
     for name, attempt in attempts.items():
         try:
             attempt()
-            failed.append(name)
+            passed.append(name)
         except OSError as error:
-            if error.errno != 1:
-                failed.append(f"{name} ({error.strerror})")
-    return failed
+            passed += [f"{name} ({error.strerror})"] if error.errno != 1 else []
+    return passed
 
 
 # ---------------------------------------------------------------- the session: a fork of the zygote
@@ -331,7 +331,7 @@ def run_snippet(code, number, namespace, sources, layers):
         except (MemoryError, RecursionError):
             raise SyntaxError("the code is nested too deeply") from None
         if "ast" in layers:
-            check(tree)
+            check(tree, namespace)
         last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
         body = compile(tree, filename, "exec", dont_inherit=True)
         last = last and compile(ast.Expression(last.value), filename, "eval", dont_inherit=True)
@@ -370,18 +370,13 @@ def serve(config):
 def session_main(config, control, output, parent):
     """In the child: descriptors 0 (null), 1 and 2 (output), 3 (requests), nothing else; then the walls; then serve."""
     os.setpgid(0, 0)
-    signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_SETMASK, [])
     os.dup2(output, 1), os.dup2(output, 2), os.dup2(control, 3)
     os.closerange(4, 65536)
     report = lock_in(config, parent)
-    if config["required"] - {name for name, said in report.items() if said.startswith("on")}:
-        return
     if config["testing"]:
-        os.write(1, json.dumps([report, self_test()]).encode())
-        return
-    serve(config)
+        os.write(3, json.dumps([report, self_test()]).encode())
+    elif all(report[name].startswith("on") for name in config["required"]):
+        serve(config)
 
 
 # ---------------------------------------------------------------- the zygote
@@ -439,67 +434,51 @@ def warm():
 
 
 def fork_session(config, control, output, children):
-    """Returns (pid, pidfd or None)."""
-    zygote = os.getpid()
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])           # not reaped before its pidfd is open
-    try:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                session_main(config, control, output, zygote)
-            finally:
-                os._exit(0)
-        children.add(pid)
+    """Returns (pid, pidfd) of a new session."""
+    zygote, pid = os.getpid(), os.fork()
+    if pid == 0:
         try:
-            os.setpgid(pid, pid)                                         # in both: whoever comes first
-        except OSError:
-            pass
-        try:
-            return pid, os.pidfd_open(pid)
-        except OSError:
-            return pid, None
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            session_main(config, control, output, zygote)
+        finally:
+            os._exit(0)
+    pidfd = os.pidfd_open(pid)
+    children[pidfd] = pid
+    return pid, pidfd
 
 
-def reap(children):
-    """Kills what is left of a dead session's process group while its id is still held by the zombie, then buries it."""
-    try:
-        while (dead := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)):
-            kill_group(dead.si_pid)
-            os.waitpid(dead.si_pid, 0)
-            children.discard(dead.si_pid)
-    except ChildProcessError:
-        pass
-
-
-def kill_group(pid):
+def bury(pidfd, children):
+    """Kills what is left of a session's process group while the dead leader still holds its number, then reaps it."""
+    pid = children.pop(pidfd)
     for kill in (os.killpg, os.kill):
         try:
             kill(pid, signal.SIGKILL)
         except OSError:
             pass
+    os.waitpid(pid, 0)
+    os.close(pidfd)
 
 
-def try_out(config, children):
-    """A session that locks itself in, tests the walls and ends; returns ({layer: said}, attempts that got through)."""
-    theirs, ours = socket.socketpair()
-    fork_session(dict(config, testing=True, required=set()), ours.fileno(), theirs.fileno(), children)
+def try_out(config):
+    """A session that locks itself in, tests the walls and ends: ({layer: said}, attempts that got through)."""
+    ours, theirs = socket.socketpair()
+    children = {}
+    _, pidfd = fork_session(dict(config, testing=True), theirs.fileno(), theirs.fileno(), children)
     theirs.close()
     ours.settimeout(20)
-    text = ours.recv(1 << 16)
-    return json.loads(text)
+    said = ours.recv(1 << 16)
+    bury(pidfd, children)
+    if not said:
+        raise RuntimeError("a session could not lock itself in")
+    return json.loads(said)
 
 
 def zygote_main(config):
-    """Ready when it says `ready REPORT`; then forks a session for every `fork` with two descriptors; ends at EOF."""
+    """Says `ready REPORT`; then forks a session for every `NUMBER` that comes with two descriptors; ends at EOF."""
     die_with(config["parent"])
-    control, children = socket.socket(fileno=config["fd"]), set()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGCHLD, lambda *_: reap(children))
+    control, children = socket.socket(fileno=config["fd"]), {}
     try:
         with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")                                           # short of memory, the kernel takes sessions first
+            file.write("1000")                                                 # short of memory, the kernel takes sessions first
     except OSError:
         pass
     try:
@@ -507,41 +486,48 @@ def zygote_main(config):
         warm()
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("the zygote has more than one thread")
-        config.update(filter=seccomp_filter(), testing=False, required=set())
-        report, leaks = try_out(config, children)
-        config["required"] = {name for name, said in report.items() if said.startswith("on")}
-        control.send(b"ready " + json.dumps([report, leaks]).encode())
+        config.update(filter=seccomp_filter(), testing=False)
+        report, passed = try_out(config)
+        config["required"] = [name for name, said in report.items() if said.startswith("on")]
+        control.send(b"ready " + json.dumps([report, passed]).encode())
     except Exception as error:
-        control.send(f"error {type(error).__name__}: {error}".encode()[:1000])
-        return
+        return control.send(f"error {type(error).__name__}: {error}".encode()[:1000])
+    selector = selectors.DefaultSelector()
+    selector.register(control, selectors.EVENT_READ)
     while True:
-        message, fds, _, _ = socket.recv_fds(control, 100, 2)
-        if not message:
-            break
-        if message.startswith(b"kill "):
-            kill_group(int(message[5:])) if int(message[5:]) in children else None
-            continue
-        try:
-            pid, pidfd = fork_session(config, *fds, children)
-            socket.send_fds(control, [b"pid %d" % pid], [pidfd] if pidfd is not None else [])
-            os.close(pidfd) if pidfd is not None else None
-        except OSError as error:
-            control.send(f"nofork {error.strerror}".encode())
-        for fd in fds:
-            os.close(fd)
-    for pid in list(children):
-        kill_group(pid)
+        for key, _ in selector.select():
+            if key.fd in children:
+                selector.unregister(key.fd)
+                bury(key.fd, children)
+                continue
+            number, fds, _, _ = socket.recv_fds(control, 100, 2)
+            if not number:
+                return [bury(pidfd, children) for pidfd in list(children)]
+            try:
+                pid, pidfd = fork_session(config, *fds, children)
+                selector.register(pidfd, selectors.EVENT_READ)
+                socket.send_fds(control, [b"%s %d" % (number, pid)], [pidfd])
+            except OSError:
+                pass                                                           # the caller sees the session's socket close
+            for fd in fds:
+                os.close(fd)
 
 
 # ---------------------------------------------------------------- the supervisor: in the caller's process
 
+STOPPED = {
+    "timeout": "TimeoutError: the snippet ran longer than {timeout:g} s and was stopped",
+    "memory": "MemoryError: the snippet needed more than {memory} MB and was stopped",
+    "output": "OutputError: the snippet printed more than {output} KB and was stopped",
+    "crashed": "CrashError: the snippet's process died or broke its protocol"}
+
+
 class Session:
-    """The variables of one trace. At most one snippet at a time."""
+    """The variables of one trace; at most one snippet at a time."""
 
     def __init__(self, box):
-        self.box, self.number, self.history, self.note = box, 0, [], ""
-        self.process = self.job = None                  # the supervisor thread's, but for submit's first assignment
-        self.busy = self.closed = False
+        self.box, self.busy, self.closed = box, False, False                   # the caller's
+        self.history, self.number, self.note, self.process, self.job = [], 0, "", None, None  # the supervisor thread's
 
     def submit(self, code, timeout=20, sink=None):
         """Queues a snippet; its result comes from `box.poll`. Raises SandboxError if the pool could not be started."""
@@ -552,40 +538,39 @@ class Session:
         self.busy = True
         with self.box.lock:
             self.box.pending += sink is None
-        self.box._post("submit", self, types.SimpleNamespace(code=str(code), timeout=float(timeout), sink=sink or self.box.done))
+        self.box._post(self, types.SimpleNamespace(
+            code=str(code), timeout=float(timeout), sink=sink or self.box.done, started=None, size=0, head=b"", tail=b""))
 
     def run(self, code, timeout=20):
         """Runs a snippet and waits for its Result."""
         sink = queue.SimpleQueue()
         self.submit(code, timeout, sink)
-        _, result = sink.get()
+        result = sink.get()[1]
         self.busy = False
         return result
 
     def close(self):
         if not self.closed:
             self.closed = True
-            self.box._post("close", self, None)
+            self.box._post(self, None)
 
 
 class Sandbox:
-    """A pool of sessions. Returns at once; the zygote loads meanwhile (about 2 s). `layers` is a hook for tests."""
+    """A pool of sessions. Returns at once: the zygote loads meanwhile. `layers` is a hook for the tests."""
 
     def __init__(self, workers=None, mode="auto", memory=2 << 30, live=None, layers=LAYERS):
         if mode not in ("auto", "limits-only"):
             raise ValueError("mode is 'auto' or 'limits-only'")
-        self.workers, self.mode, self.memory = workers or os.cpu_count() or 1, mode, memory
+        self.workers, self.mode, self.memory, self.live = workers or os.cpu_count() or 1, mode, memory, live or session_room()
         self.layers = [name for name in layers if mode == "auto" or name != "seccomp"]
-        self.live = live or session_room()
-        self.pending, self.broken, self.report = 0, "", {}
-        self.lock, self.done, self.inbox = threading.Lock(), queue.SimpleQueue(), collections.deque()
-        self.ready, self.closing = threading.Event(), False
-        self.waiting, self.running, self.forks, self.idle = collections.deque(), set(), collections.deque(), {}
-        self.selector, self.zygote, self.control, self.deaths = selectors.DefaultSelector(), None, None, 0
-        self.wake_read, self.wake_write = socket.socketpair()
-        for end in (self.wake_read, self.wake_write):
-            end.setblocking(False)
-        self.selector.register(self.wake_read, selectors.EVENT_READ, self._on_wake)
+        self.pending, self.broken, self.report, self.closing, self.up = 0, "", {}, False, False
+        self.lock, self.done, self.inbox, self.ready = threading.Lock(), queue.SimpleQueue(), collections.deque(), threading.Event()
+        self.waiting, self.running, self.idle = collections.deque(), set(), {}  # sessions: queued, with a snippet, longest idle first
+        self.births, self.numbers, self.deaths = {}, itertools.count(), 0
+        self.selector, self.zygote, self.control = selectors.DefaultSelector(), None, None
+        self.wake, self.waker = socket.socketpair()
+        self.wake.setblocking(False), self.waker.setblocking(False)
+        self.selector.register(self.wake, selectors.EVENT_READ, self._on_wake)
         self.thread = threading.Thread(target=self._loop, name="sandbox", daemon=True)
         self.thread.start()
 
@@ -602,10 +587,8 @@ class Sandbox:
 
     def wait_ready(self, timeout=None):
         """Waits for the zygote and its self-test; raises SandboxError. Returns {layer: "on: ..." | "off: why"}."""
-        if not self.ready.wait(timeout):
-            raise SandboxError(f"the sandbox was not ready after {timeout} s")
-        if self.broken:
-            raise SandboxError(self.broken)
+        if not self.ready.wait(timeout) or self.broken:
+            raise SandboxError(self.broken or f"the sandbox was not ready after {timeout} s")
         return self.report
 
     def poll(self, timeout=0.0):
@@ -621,299 +604,271 @@ class Sandbox:
             self.pending -= len(found)
         for session, _ in found:
             session.busy = False
-        return [(session, result) for session, result in found if not session.closed]
+        return [pair for pair in found if not pair[0].closed]
 
     def close(self):
         """Kills every session and the zygote, and waits for them."""
-        if not self.closing:
-            self.closing = True
-            self._post("stop", None, None)
+        self.closing = True
+        self._post(None, None)
         self.thread.join()
 
-    def _post(self, *message):
-        self.inbox.append(message)
+    def _post(self, session, job):
+        self.inbox.append((session, job))
         try:
-            self.wake_write.send(b"x")
-        except OSError:                                 # full: it is awake already; closed: nobody is there
+            self.waker.send(b"x")
+        except OSError:                                                        # full: it is awake already; closed: nobody is there
             pass
 
-    # the thread's side: everything below runs in the supervisor thread only
+    # the thread's side: everything below runs in the supervisor thread alone
 
     def _loop(self):
         try:
             self._start_zygote()
             while not self.closing:
-                due = [session.job.deadline for session in self.running if session.job.deadline]
-                wait = max(0.0, min(due) - time.monotonic()) if due else None
-                for key, _ in self.selector.select(wait):
-                    key.data() if key.fileobj in self.selector.get_map() else None
-                self._stop_late()
-                self._dispatch()
+                self._step()
+        except Exception as error:
+            self._break(f"the supervisor failed: {error!r}")
         finally:
             self._shut_down()
 
+    def _step(self):
+        now = time.monotonic()
+        wait = min([0.02] + [session.job.deadline - now for session in self.running]) if self.running else None if self.up else 1
+        for key, _ in self.selector.select(wait if wait is None else max(wait, 0)):
+            if self.selector.get_map().get(key.fd) is key:                     # not closed by an earlier event of this batch
+                key.data()
+        now = time.monotonic()
+        for session in list(self.running):                                     # pipes are emptied 50 times a second, however
+            if self._drain(session) and session.job.deadline <= now:           # small the pieces: a flood costs us nothing
+                self._stop(session, "timeout")
+        if not (self.up or self.broken) and now > self.patience:
+            self._break("the sandbox's libraries took more than 120 s to load")
+        self._dispatch()
+
     def _on_wake(self):
-        self.wake_read.recv(4096)
+        self.wake.recv(4096)
         while self.inbox:
-            what, session, job = self.inbox.popleft()
-            if what == "submit":
-                session.job, job.deadline, job.steps = job, None, None
+            session, job = self.inbox.popleft()
+            if job:
+                session.job = job
                 self.waiting.append(session)
-            elif what == "close":
+            elif session:                                                      # closed
                 if session.job:
                     with self.lock:
                         self.pending -= session.job.sink is self.done
-                    if session in self.waiting:
-                        self.waiting.remove(session)
+                    self.waiting.remove(session) if session in self.waiting else None
                 session.job = None
                 self.running.discard(session)
                 self._drop(session)
 
     def _dispatch(self):
-        while self.waiting and (self.broken or len(self.running) < self.workers and self.ready.is_set()):
+        while self.waiting and (self.broken or self.up and len(self.running) < self.workers):
             session = self.waiting.popleft()
-            session.job.number, session.number = session.number, session.number + 1
+            job, number = session.job, session.number
+            session.number += 1
             self.running.add(session)
             self.idle.pop(session, None)
+            job.steps, job.deadline = collections.deque([(number, job.code, None)]), time.monotonic() + job.timeout
             if self.broken:
                 self._finish(session, "crashed", f"SandboxError: {self.broken}")
-            elif len(session.job.code) > CODE_BYTES or len(session.job.code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
+            elif len(job.code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
                 self._finish(session, "error", f"SyntaxError: the snippet is longer than {CODE_BYTES >> 10} KB")
-            elif session.process:
-                session.job.steps = collections.deque([(session.job.number, session.job.code, None)])
+            elif session.process or self._fork(session):
                 self._next(session)
-            else:
-                self._fork(session)
-
-    # one session: fork, send, receive, stop
 
     def _fork(self, session):
+        """Asks for a process and puts the session's history before its job; the whole replay may take one timeout."""
         while self.idle and len(self.idle) + len(self.running) > self.live:
-            self._drop(next(iter(self.idle)))           # the one that has been idle longest
-        job = session.job
-        job.steps = collections.deque([*session.history, (job.number, job.code, None)])
-        job.replay_deadline = None
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        read, write = os.pipe()
-        ours.setblocking(False), os.set_blocking(read, False)
-        session.process = types.SimpleNamespace(control=ours, output=read, pid=None, pidfd=None)
-        self.forks.append(session)
+            self._drop(next(iter(self.idle)))
         try:
-            socket.send_fds(self.control, [b"fork"], [theirs.fileno(), write])
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            read, write = os.pipe()
+        except OSError as error:
+            return self._finish(session, "crashed", f"CrashError: no process could be started ({error.strerror})")
+        ours.setblocking(False), os.set_blocking(read, False)
+        process = types.SimpleNamespace(control=ours, output=read, pid=0, pidfd=None, doomed=False, session=session)
+        number = next(self.numbers)
+        self.births[number], session.process = process, process
+        self.selector.register(ours, selectors.EVENT_READ, lambda: self._on_control(session))
+        session.job.steps.extendleft(reversed(session.history))
+        session.job.replay_until = time.monotonic() + session.job.timeout
+        try:
+            socket.send_fds(self.control, [b"%d" % number], [theirs.fileno(), write])
         except OSError:
-            pass                                        # the zygote is dead: _on_zygote sees it and forks again
+            pass                                                               # as below: our end reads EOF
         theirs.close(), os.close(write)
+        return True
 
     def _next(self, session):
-        """Sends the next step of the session's job: a replayed snippet, or the new one."""
-        job, process = session.job, session.process
-        number, code, expected = job.steps[0]
-        job.id, job.started, job.size, job.head, job.tail = secrets.token_hex(8).encode(), time.monotonic(), 0, b"", b""
-        job.deadline = job.started + job.timeout
-        if expected:                                    # the whole replay may take as long as one snippet
-            job.replay_deadline = job.deadline = job.replay_deadline or job.deadline
+        """Sends the next step of the session's job: a snippet to replay, or the new one."""
+        job, (number, code, expected) = session.job, session.job.steps[0]
+        job.name, job.started, job.size, job.head, job.tail = secrets.token_hex(8), time.monotonic(), 0, b"", b""
+        job.deadline = job.replay_until if expected else job.started + job.timeout
+        self._signal(session.process, signal.SIGCONT)
         try:
-            process.control.send(job.id + b" %d\n" % number + code.encode("utf-8", "surrogatepass"))
+            session.process.control.send(f"{job.name} {number}\n".encode() + code.encode("utf-8", "surrogatepass"))
         except OSError:
             self._stop(session, "crashed")
 
     def _on_control(self, session):
-        job = session.job
+        job = session.job if session in self.running else None
         try:
-            data = session.process.control.recv(1 << 12)
-        except BlockingIOError:
-            return
+            reply = session.process.control.recv(100).decode("latin-1")
         except OSError:
-            data = b""
-        match = re.fullmatch(rb"([0-9a-f]{16}) (ok|error|blocked|memory)", data)
-        if not job or session not in self.running or not match or match.group(1) != job.id:
-            return self._stop(session, "crashed")       # dead, or something that is no reply to what was asked
-        self._on_output(session)
-        if session.job is not job or session not in self.running or not session.process:
-            return                                      # stopped for too much output
-        status, (number, code, expected) = match.group(2).decode(), job.steps.popleft()
+            reply = ""
+        name, _, status = reply.partition(" ")
+        if not job or name != job.name or status not in ("ok", "error", "blocked", "memory"):
+            return self._stop(session, "crashed")                              # it died, or sent what was not asked for
+        if not self._drain(session):
+            return
+        number, code, expected = job.steps[0]
         if status == "memory" or expected and status != expected:
-            self._stop(session, "memory" if status == "memory" else "crashed", replaying=bool(expected))
-        elif expected:
-            self._next(session)
-        else:
-            session.history.append((number, code, status))
-            self._finish(session, status, "")
+            return self._stop(session, "memory")
+        job.steps.popleft()
+        if expected:
+            return self._next(session)
+        session.history.append((number, code, status))
+        self._finish(session, status)
 
-    def _on_output(self, session):
-        """Takes what is in the session's pipe: keeps head and tail, counts the rest."""
-        job, process = session.job, session.process
-        while process.output is not None and session.process is process:
+    def _drain(self, session):
+        """Takes what is in the session's pipe: keeps head and tail, counts all. False if it was too much."""
+        job = session.job
+        while True:
             try:
-                chunk = os.read(process.output, 1 << 16)
+                chunk = os.read(session.process.output, 1 << 16)
             except BlockingIOError:
-                return
-            if not chunk:                               # the snippet closed its own output
-                self.selector.unregister(process.output)
-                os.close(process.output)
-                process.output = None
-            elif not job or session not in self.running:
-                return self._stop(session, "crashed")
-            else:
-                room = KEEP_BYTES - len(job.head)
-                job.size += len(chunk)
-                job.head, job.tail = job.head + chunk[:room], (job.tail + chunk[room:])[-KEEP_BYTES:]
-                if job.size > OUTPUT_BYTES:
-                    return self._stop(session, "output")
+                return True
+            if not chunk:                                                      # the snippet has closed its output
+                return True
+            room = KEEP_BYTES - len(job.head)
+            job.size += len(chunk)
+            job.head, job.tail = job.head + chunk[:room], (job.tail + chunk[room:])[-KEEP_BYTES:]
+            if job.size > OUTPUT_BYTES:
+                return self._stop(session, "output")
 
-    def _stop_late(self):
-        now = time.monotonic()
-        for session in [s for s in self.running if s.job.deadline and s.job.deadline <= now]:
-            self._stop(session, "timeout")
-
-    def _stop(self, session, status, replaying=None):
-        """Kills the session's process and ends its job; a failure in the replay costs the variables, not the new snippet."""
+    def _stop(self, session, status):
+        """Kills the session's process and ends its job; if that was a replay, the job starts again without a history."""
         job = session.job
         self._drop(session)
-        if not job or session not in self.running:
+        if session not in self.running:
             return
-        if replaying if replaying is not None else bool(job.steps and job.steps[0][2]):
+        if job.steps[0][2]:
             session.note = "(the variables of earlier snippets are lost: running them again failed)\n"
-            session.history, job.deadline = [], None
-            return self._fork(session)
-        kept = "variables of earlier snippets are kept"
-        self._finish(session, status, {
-            "timeout": f"TimeoutError: the snippet ran longer than {job.timeout:g} s and was stopped; {kept}",
-            "memory": f"MemoryError: the snippet needed more than {self.memory >> 20} MB and was stopped; {kept}",
-            "output": f"OutputError: the snippet printed more than {OUTPUT_BYTES >> 10} KB and was stopped; {kept}",
-            "crashed": f"CrashError: the snippet's process died or broke its protocol; {kept}"}[status])
+            session.history, job.steps = [], collections.deque([job.steps[-1]])
+            return self._next(session) if self._fork(session) else None
+        self._finish(session, status, STOPPED[status].format(timeout=job.timeout, memory=self.memory >> 20, output=OUTPUT_BYTES >> 10)
+                     + "; variables of earlier snippets are kept, its own are not")
 
-    def _finish(self, session, status, text):
+    def _finish(self, session, status, text=""):
         job, session.job = session.job, None
         self.running.discard(session)
-        seconds = time.monotonic() - job.started if hasattr(job, "started") else 0.0
-        head, tail, size = getattr(job, "head", b""), getattr(job, "tail", b""), getattr(job, "size", 0)
-        cut = size - len(head) - len(tail)
-        said = (head + (b"\n... (%d bytes left out) ...\n" % cut if cut > 0 else b"") + tail).decode("utf-8", "replace")
-        said = (said.rstrip("\n") + "\n" if said.strip("\n") else "") + text
-        output, session.note = session.note + (said.rstrip("\n") or "(no output)"), ""
-        self.deaths = 0
+        cut = job.size - len(job.head) - len(job.tail)
+        said = job.head + (b"\n... (%d bytes left out) ...\n" % cut if cut > 0 else b"") + job.tail
+        said = (said.decode("utf-8", "replace").rstrip("\n") + "\n" + text).strip("\n")
+        output, session.note = session.note + (said or "(no output)"), ""
+        self.deaths = 0 if status != "crashed" else self.deaths
         if session.process:
             self.idle[session] = True
-            if resident(session.process.pid) > IDLE_BYTES:
-                self._drop(session)
+            self._signal(session.process, signal.SIGSTOP)                      # a snippet that replied by itself cannot run on
+            self._drop(session) if resident(session.process.pid) > IDLE_BYTES else None
+        seconds = time.monotonic() - job.started if job.started else 0.0
         job.sink.put((session, Result(status, output, seconds)))
+
+    def _signal(self, process, number):
+        try:
+            signal.pidfd_send_signal(process.pidfd, number) if process.pidfd is not None else None
+        except OSError:
+            pass
 
     def _drop(self, session):
         """Ends the session's process, if it has one; its history stays."""
         process, session.process = session.process, None
         self.idle.pop(session, None)
-        if not process:
-            return
-        try:
-            if process.pidfd is not None:
-                signal.pidfd_send_signal(process.pidfd, signal.SIGKILL)
-            elif process.pid:
-                self.control.send(b"kill %d" % process.pid)
-        except OSError:
-            pass
-        if process.pid:
+        if process:
+            process.doomed = True                                              # if its pidfd is still to come: see _on_zygote
+            self._signal(process, signal.SIGKILL)
             self.selector.unregister(process.control)
-            self.selector.unregister(process.output) if process.output is not None else None
-        process.control.close()
-        for fd in (process.output, process.pidfd):
-            os.close(fd) if fd is not None else None
-
-    # the zygote
+            process.control.close(), os.close(process.output)
+            os.close(process.pidfd) if process.pidfd is not None else None
 
     def _start_zygote(self):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        threads = {name + "_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "VECLIB")}
-        libraries = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
-        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers, "memory": self.memory}
-        command = [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__), "--zygote", json.dumps(config)]
-        self.zygote = subprocess.Popen(         # not -I: it ignores PYTHONHASHSEED. A session of its own: Ctrl-C is ours
-            command, cwd="/", env={**libraries, **threads, "PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}, stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
-        theirs.close()
         ours.setblocking(False)
-        self.control = ours
+        environment = {name + "_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS")}
+        environment |= {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+        environment |= {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
+        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers, "memory": self.memory}
+        self.zygote = subprocess.Popen(                 # not -I: it ignores PYTHONHASHSEED; a session of its own: Ctrl-C is not for it
+            [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__), "--zygote", json.dumps(config)], cwd="/", env=environment,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
+        theirs.close()
+        self.control, self.patience = ours, time.monotonic() + 120
         self.selector.register(ours, selectors.EVENT_READ, self._on_zygote)
 
     def _on_zygote(self):
         try:
             message, fds, _, _ = socket.recv_fds(self.control, 1 << 16, 1)
-        except BlockingIOError:
-            return
         except OSError:
             message, fds = b"", []
         word, _, rest = message.decode("utf-8", "replace").partition(" ")
         if word == "ready":
             self._on_ready(*json.loads(rest))
         elif word == "error":
-            self._break(f"the sandbox could not load its libraries ({rest}); run `make setup`")
-        elif word == "pid":
-            self._on_forked(int(rest), fds[0] if fds else None)
-        elif word == "nofork":
-            session = self.forks.popleft()
-            self._drop(session)
-            self._finish(session, "crashed", f"CrashError: no process could be started ({rest})") if session in self.running else None
-        else:
+            self._break(f"the sandbox could not start: {rest} (try `make setup`)")
+        elif not word:
             self._on_zygote_death()
+        else:
+            process = self.births.pop(int(word))
+            process.pid, process.pidfd = int(rest), fds[0]
+            self._signal(process, signal.SIGSTOP) if process.session in self.idle else None
+            if process.doomed:
+                self._signal(process, signal.SIGKILL)
+                os.close(process.pidfd)
 
-    def _on_ready(self, report, leaks):
+    def _on_ready(self, report, passed):
         missing = [f"{name} ({said[5:]})" for name, said in report.items() if said.startswith("off") and name in self.layers]
-        self.report = report
-        if "seccomp" in self.layers and (leaks or not report["seccomp"].startswith("on")):
-            why = f"got through: {', '.join(leaks)}" if report["seccomp"].startswith("on") else report["seccomp"][5:]
+        if "seccomp" in self.layers and (passed or not report["seccomp"].startswith("on")):
+            why = f"{', '.join(passed)} got through" if report["seccomp"].startswith("on") else report["seccomp"][5:]
             return self._break(f"no safe sandbox on this host: seccomp: {why}; to go on at your own risk: --sandbox limits-only")
-        if (missing or self.mode != "auto") and not self.ready.is_set():
-            print("sandbox: without " + ", ".join(missing or ["seccomp (limits-only): a hostile snippet may get out"]), file=sys.stderr)
+        if self.mode != "auto":
+            missing.append("seccomp (limits-only: a snippet that means harm may get out)")
+        if missing and not self.ready.is_set():
+            print("sandbox: without " + ", ".join(missing), file=sys.stderr)
+        self.report, self.up = report, True
         self.ready.set()
 
-    def _on_forked(self, pid, pidfd):
-        session = self.forks.popleft()
-        process = session.process
-        if process is None or session.job is None:      # closed in the meantime
-            session.process = types.SimpleNamespace(control=socket.socket(), output=None, pid=None, pidfd=pidfd)
-            return self._drop(session)
-        process.pid, process.pidfd = pid, pidfd
-        self.selector.register(process.control, selectors.EVENT_READ, lambda: self._on_control(session))
-        self.selector.register(process.output, selectors.EVENT_READ, lambda: self._on_output(session))
-        self._next(session)
-
     def _on_zygote_death(self):
-        """Sessions die with their zygote; the next one rebuilds them by replay."""
+        """Its sessions died with it; each is rebuilt at its next snippet."""
         self.selector.unregister(self.control)
         self.control.close()
-        code = self.zygote.wait()
-        self.deaths += 1
+        status, self.up, self.deaths = self.zygote.wait(), False, self.deaths + 1
+        self.births.clear()
         if self.deaths > 3 or not self.ready.is_set():
-            self._break(f"the sandbox's process ended with status {code} before it was of use; try `python sandbox.py --check`")
-            return
-        forks, self.forks = self.forks, collections.deque()
-        self._start_zygote()
-        for session in forks:
-            self._drop(session)
-            if session in self.running:
-                self.running.discard(session)
-                session.number -= 1
-                self.waiting.appendleft(session)
+            self._break(f"the sandbox's zygote ended with status {status}; see `python sandbox.py --check`")
+        elif not self.broken:
+            self._start_zygote()
 
     def _break(self, why):
-        self.broken = why
+        self.broken = self.broken or why
         self.ready.set()
         for session in list(self.running):
             self._drop(session)
             self._finish(session, "crashed", f"SandboxError: {why}")
 
     def _shut_down(self):
-        for session in [*self.idle, *self.running]:
+        self._break("the sandbox is closed")
+        self._on_wake() if self.inbox else None
+        self._dispatch()
+        for session in list(self.idle):
             self._drop(session)
         self.control.close() if self.control else None
         if self.zygote:
+            self.zygote.kill() if not self.up else None
             try:
                 self.zygote.wait(5)
             except subprocess.TimeoutExpired:
-                self.zygote.kill()
-                self.zygote.wait()
-        self.selector.close()
-        self.wake_read.close(), self.wake_write.close()
+                self.zygote.kill(), self.zygote.wait()
+        self.selector.close(), self.wake.close(), self.waker.close()
 
 
 def session_room():
@@ -921,7 +876,7 @@ def session_room():
     import resource
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(4, min(2000, (files - 256) // 3 if files > 1024 else 200, memory // 2 // (10 << 20)))
+    return max(4, min(2000, (files - 256) // 3 if files > 1023 else 200, memory // 2 // (10 << 20)))
 
 
 def resident(pid):
