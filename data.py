@@ -476,6 +476,7 @@ Variables stay defined for later snippets. You may import math, cmath, random, s
 functools, collections, numpy, scipy, sympy and mpmath.
 Write the final answer as \\boxed{{answer}}."""
 
+CUE = "\nUse Python to compute the answer."  # a 135M model follows the examples more often with it (37 of 45 calls, not 28)
 PLAIN = "\n\nPlease reason step by step, and put your final answer within \\boxed{}."
 
 
@@ -491,8 +492,8 @@ class Prompt:
         if not self.agent:
             return [{"role": "user", "content": question + PLAIN}]
         if self.style == "turns":  # the examples as earlier turns of the chat: what small models can imitate
-            pairs = [m for q, s in self.examples for m in (("user", q), ("assistant", s))]
-            return [{"role": r, "content": c} for r, c in [*pairs, ("user", question)]]
+            pairs = [m for q, s in self.examples for m in (("user", q + CUE), ("assistant", s))]
+            return [{"role": r, "content": c} for r, c in [*pairs, ("user", question + CUE)]]
         system = INSTRUCTIONS  # the examples inside the instructions, as published for Qwen3-Thinking
         if self.style == "system":
             solved = "\n\n---\n\n".join(f"Question: {q}\n\n{s}" for q, s in self.examples)

@@ -1,0 +1,637 @@
+"""The agent: a language model that runs Python while it thinks.
+
+The model writes a snippet between <tool_call> and </tool_call>; generation stops there, the sandbox runs the snippet,
+its output is appended to the *same* assistant turn, and generation goes on:
+
+    prompt -> [model tokens ... <tool_call> code </tool_call>] [output] [model tokens ... \\boxed{answer}] end of text
+    mask       1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1 1  0 0 0 0   1 1 1 1 1 1 1 ...
+
+Two rules make this more than string pasting:
+
+  * Tokens in, tokens out. A trace's ids are only ever appended to, never decoded and encoded again: BPE is not a
+    bijection, and grpo.py must train on exactly the context that was sampled.
+  * No rounds. Any number of traces share one vLLM engine; a trace whose snippet runs is simply not in the batch, and
+    is added again, prompt + ids so far, the moment the output is there. Prefix caching makes that nearly free.
+
+Left out: servers, other engines, several tools, JSON tool schemas. The one tool is Python and its syntax is two tags.
+
+    python agent.py "What is 7^222 mod 1000?"           # streams the reasoning, the snippets and their outputs
+    python agent.py --n 16 "..."                        # 16 traces and a vote
+    python agent.py --no-agent "..."                    # the plain baseline, no tool
+    python agent.py                                     # problem after problem, the model kept loaded
+    echo "..." | python agent.py --json -               # one JSON object on stdout
+"""
+
+import argparse
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from data import CALL_CLOSE, CALL_OPEN, Problem, Prompt, UserError, disarm, embedded_model, encode, problem_id
+from data import read_few_shot, render_prompt, run_main
+from sandbox import Result, Sandbox, SandboxError, Session
+
+OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
+
+
+@dataclass
+class Trace:
+    """One attempt at one problem. T = tokens after the prompt; ids, mask and logprobs all have length T."""
+
+    problem: Problem
+    sample: int
+    prompt_ids: list[int]
+    ids: list[int] = field(default_factory=list)  # exactly as sampled or inserted
+    mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = inserted tool output
+    logprobs: list[float] = field(default_factory=list)  # under the sampling distribution; 0.0 where mask is 0
+    calls: list[tuple[str, Result]] = field(default_factory=list)
+    finish: str = ""  # answer | eos | max_tokens | context | max_calls | error
+    text: str = ""  # all that follows the prompt, decoded once at the end
+    spans: list[tuple[str, int]] = field(default_factory=list)  # (model | code | output, characters): they tile `text`
+    answer: str | None = None
+    seconds: float = 0.0
+    # while the trace runs:
+    segment: str = ""  # text the model wrote since the last inserted output
+    inserted: int = 0  # tokens inserted so far
+    requests: int = 0  # engine requests so far; part of the seed
+    session: Session | None = None
+
+    @property
+    def sampled(self) -> int:
+        return len(self.ids) - self.inserted
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything besides the weights that determines what a trace looks like."""
+
+    prompt: Prompt
+    temperature: float = 0.6
+    top_p: float = 0.95
+    top_k: int = 20
+    seed: int | None = 0  # None: not repeatable
+    max_tokens: int = 1024  # sampled tokens per trace
+    max_step_tokens: int = 3000  # of one engine request; generation simply goes on after it
+    max_calls: int = 50
+    snippet_seconds: float = 20.0  # ends the snippet, not the trace
+    end_at: str = "eos"  # or "box": stop at the first complete \boxed{} the model writes
+
+    @property
+    def inserted_tokens(self) -> int:
+        """Allowance of a trace for inserted outputs, so that the context length can be planned."""
+        return max(2 * OUTPUT_TOKENS, self.max_tokens // 2) if self.prompt.agent else 0
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Pure functions on text
+
+
+def boxed(text: str) -> list[str]:
+    """Contents of every complete, brace-matched \\boxed{...} or \\fbox{...} in text, outermost ones, in order."""
+    found, at = [], 0
+    while m := re.compile(r"\\f?boxed?\s*\{").search(text, at):
+        depth, i = 1, m.end()
+        while i < len(text) and depth:
+            escaped = text[i] == "\\"
+            depth += 0 if escaped else (text[i] == "{") - (text[i] == "}")
+            i += 1 + escaped  # \{ and \} are characters of a set, not braces
+        if depth:
+            at = m.end()  # never closed: look inside it
+        else:
+            found.append(text[m.end() : i - 1].strip())
+            at = i
+    return found
+
+
+def extract_answer(text: str) -> str | None:
+    """The last complete, non-empty \\boxed{} of a text, or None."""
+    return next((b for b in reversed(boxed(text)) if b), None)
+
+
+def snippet_in(segment: str) -> str | None:
+    """Code of the call that a segment's last closing tag ends; None where no opening tag belongs to it."""
+    head, close, _ = segment.rpartition(CALL_CLOSE)
+    _, opened, code = head.rpartition(CALL_CLOSE)[2].rpartition(CALL_OPEN)
+    return code.strip("\n") if close and opened else None
+
+
+def outside_call(segment: str) -> str:
+    """What the model wrote as prose: a segment without the call at its end, closed or not."""
+    last_open, last_close = segment.rfind(CALL_OPEN), segment.rfind(CALL_CLOSE)
+    return segment[:last_open] if last_open > last_close or snippet_in(segment) is not None else segment
+
+
+def trace_seed(seed: int | None, problem: str, sample: int, request: int) -> int | None:
+    """A seed of its own for each engine request: one that is added again with the same seed replays the same noise."""
+    if seed is None:
+        return None
+    return int.from_bytes(hashlib.sha256(f"{seed}/{problem}/{sample}/{request}".encode()).digest()[:7])
+
+
+def layout(tokenizer, trace: Trace, agent: bool) -> tuple[str, list[tuple[str, int]], str | None]:
+    """(text, spans, answer) of a finished trace, from its ids and mask; the answer is read from `model` spans only."""
+    text, spans, answer, at = "", [], None, 0
+    for inserted, run in itertools.groupby(trace.mask, key=lambda m: m == 0):
+        ids = trace.ids[at : (at := at + len(list(run)))]
+        if at == len(trace.ids) and trace.finish == "eos":
+            ids = ids[:-1]
+        piece = tokenizer.decode(ids, skip_special_tokens=False)
+        prose = piece if inserted or not agent else outside_call(piece)
+        text += piece
+        spans += [("output" if inserted else "model", len(prose)), ("code", len(piece) - len(prose))]
+        if not inserted:
+            answer = extract_answer(prose) or answer
+    return text, [(kind, n) for kind, n in spans if n], answer
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The loop
+
+
+class Agent:
+    """A vLLM engine, a sandbox and the settings; `rollout` is the whole method.
+
+    engine: LLMEngine (add_request / step / abort_request); max_len: its context length; slots: traces it decodes at
+    once; lora: a LoRARequest or None. grpo.py replaces `lora` and `settings` between rollouts.
+    """
+
+    def __init__(self, engine, tokenizer, box: Sandbox | None, settings: Settings, max_len: int, slots: int = 64, lora=None):
+        self.engine, self.tokenizer, self.box, self.settings = engine, tokenizer, box, settings
+        self.max_len, self.slots, self.lora = max_len, slots, lora
+        close_id = tokenizer.get_vocab().get(CALL_CLOSE)  # one token in Qwen3's vocabulary, ordinary text in others
+        self.close_ids = [close_id] if close_id is not None and settings.prompt.agent else []
+        self.serial = itertools.count()
+
+    def rollout(self, jobs: Iterable[tuple[Problem, int]], on_event: Callable | None = None) -> Iterator[Trace]:
+        """Traces for (problem, sample) pairs, each yielded the moment it ends. jobs may be lazy.
+
+        on_event(trace, kind, value) sees "text" (a str as it is sampled), "call" (code) and "output" (a Result).
+        """
+        jobs, notify = iter(jobs), on_event or (lambda *_: None)
+        decoding: dict[str, Trace] = {}  # engine request -> trace
+        running: dict[Session, Trace] = {}  # its snippet is in the sandbox
+        try:
+            while True:
+                while len(decoding) < self.slots and len(running) < 4 * self.slots and (job := next(jobs, None)):
+                    trace = self.begin(*job)
+                    if trace.finish or not self.request(trace, decoding):
+                        yield self.end(trace)
+                if not decoding and not running:
+                    return
+
+                for output in self.engine.step() if decoding else ():
+                    trace = decoding.get(output.request_id)
+                    if trace is None:  # aborted in this very step
+                        continue
+                    new_text = self.take(trace, output.outputs[0])
+                    if new_text:
+                        notify(trace, "text", new_text)
+                    move = self.next_move(trace, output.outputs[0])
+                    if move == "decode":
+                        continue
+                    del decoding[output.request_id]
+                    if not output.finished:
+                        self.engine.abort_request([output.request_id])
+                    if move == "call":
+                        code = snippet_in(trace.segment)
+                        notify(trace, "call", code)
+                        trace.session = trace.session or self.box.session()
+                        trace.session.submit(code, timeout=self.settings.snippet_seconds)
+                        running[trace.session] = trace
+                    elif move != "again" or not self.request(trace, decoding):
+                        trace.finish = trace.finish or move
+                        yield self.end(trace)
+
+                for session, result in self.box.poll(timeout=0 if decoding else 0.2) if running else ():
+                    trace = running.pop(session)
+                    notify(trace, "output", result)
+                    if not self.insert(trace, result) or not self.request(trace, decoding):
+                        yield self.end(trace)
+        finally:  # also when the caller leaves early or Ctrl-C arrives: nothing is left in the engine or the sandbox
+            self.engine.abort_request(list(decoding))
+            for trace in [*decoding.values(), *running.values()]:
+                if trace.session:
+                    trace.session.close()
+
+    def begin(self, problem: Problem, sample: int) -> Trace:
+        prompt_ids = render_prompt(self.tokenizer, self.settings.prompt, problem.question)
+        return Trace(problem, sample, prompt_ids, seconds=-time.monotonic())
+
+    def request(self, trace: Trace, decoding: dict[str, Trace]) -> bool:
+        """Hand prompt + ids to the engine; False, with trace.finish set, when there is no room for a token."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        s, length = self.settings, len(trace.prompt_ids) + len(trace.ids)
+        room = min(s.max_tokens - trace.sampled, self.max_len - length)
+        if room < 1:
+            trace.finish = "max_tokens" if trace.sampled >= s.max_tokens else "context"
+            return False
+        params = SamplingParams(
+            temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+            seed=trace_seed(s.seed, trace.problem.id, trace.sample, trace.requests),
+            max_tokens=min(room, s.max_step_tokens) if s.prompt.agent else room,
+            stop_token_ids=self.close_ids, logprobs=0,  # 0: the sampled token's only
+            skip_special_tokens=False, output_kind=RequestOutputKind.DELTA)  # fmt: skip
+        name = f"{trace.problem.id}-{trace.sample}-{trace.requests}-{next(self.serial)}"
+        self.engine.add_request(name, {"prompt_token_ids": trace.prompt_ids + trace.ids}, params, lora_request=self.lora)
+        trace.requests += 1
+        decoding[name] = trace
+        return True
+
+    def take(self, trace: Trace, new) -> str:
+        """Append what one engine step sampled (a CompletionOutput with deltas); returns the new text."""
+        trace.ids += new.token_ids
+        trace.mask += [1] * len(new.token_ids)
+        trace.logprobs += [row[i].logprob for i, row in zip(new.token_ids, new.logprobs or (), strict=True)]
+        trace.segment += new.text
+        if trace.ids and trace.ids[-1] in self.close_ids and new.finish_reason == "stop":
+            trace.segment += CALL_CLOSE  # the engine leaves a stop token's text out
+            return new.text + CALL_CLOSE
+        return new.text
+
+    def next_move(self, trace: Trace, new) -> str:
+        """decode (the request goes on) | call | again (a new request is due) | a finish value."""
+        s, segment = self.settings, trace.segment
+        stopped_at_close = bool(self.close_ids) and new.finish_reason == "stop" and trace.ids[-1] in self.close_ids
+        # Where the tag is ordinary text its last token may carry more than the tag (">\n"): the token was sampled and
+        # stays. Looking at the text since the last output also finds a tag that a step limit had cut in two.
+        tail = segment[-len(new.text) - len(CALL_CLOSE) :]
+        if s.prompt.agent and (stopped_at_close or (not self.close_ids and CALL_CLOSE in tail)):
+            if snippet_in(segment) is None:  # a closing tag that closes nothing: plain text
+                return "again" if new.finish_reason else "decode"
+            if trace.sampled >= s.max_tokens:
+                return "max_tokens"  # nobody could read the output
+            return "call" if len(trace.calls) < s.max_calls else "max_calls"
+        if s.end_at == "box" and "}" in new.text and extract_answer(outside_call(segment) if s.prompt.agent else segment):
+            return "answer"
+        if new.finish_reason is None:
+            return "decode"
+        if new.finish_reason == "stop":
+            return "eos"
+        return "again" if new.finish_reason == "length" else "error"
+
+    def insert(self, trace: Trace, result: Result) -> bool:
+        """Append a snippet's output, untrusted text, as masked tokens; False, with finish set, when nothing more fits."""
+        trace.calls.append((snippet_in(trace.segment), result))
+        room = min(self.settings.inserted_tokens - trace.inserted, self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1)
+        # A fence inside the output would end the block early. Encoded alone, and no added token can come out of it.
+        shown = encode(self.tokenizer, disarm(self.tokenizer, result.output.replace("```", "'''")))
+        before = encode(self.tokenizer, ("" if trace.segment.endswith("\n") else "\n") + "```output\n")
+        after = encode(self.tokenizer, "\n```\n")
+        room = min(OUTPUT_TOKENS, room - len(before) - len(after))
+        if len(shown) > room:
+            note = encode(self.tokenizer, "\n[... cut ...]\n")
+            keep = (room - len(note)) // 2
+            shown = shown[:keep] + note + shown[len(shown) - keep :] if keep > 0 else None
+        if shown is None:
+            trace.finish = "context"
+            return False
+        ids = before + shown + after
+        trace.ids += ids
+        trace.mask += [0] * len(ids)
+        trace.logprobs += [0.0] * len(ids)
+        trace.inserted += len(ids)
+        trace.segment = ""
+        return True
+
+    def end(self, trace: Trace) -> Trace:
+        trace.text, trace.spans, trace.answer = layout(self.tokenizer, trace, self.settings.prompt.agent)
+        trace.seconds += time.monotonic()
+        if trace.session:
+            trace.session.close()
+            trace.session = None
+        return trace
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The engine
+
+
+def has_cuda() -> bool:
+    """Whether this machine and this installation can use an NVIDIA GPU; cheap, torch is not imported."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return Path("/proc/driver/nvidia/version").exists() and "+cpu" not in importlib.metadata.version("torch")
+    return False
+
+
+def resolve_model(model: str | None, lora: str | None) -> tuple[str, str | None]:
+    """(folder or hub id of the weights, adapter folder or None), with the machine's default for no model at all.
+
+    A repository or folder that holds an adapter only is loaded as its base model with the adapter on top.
+    """
+    model = model or ("Intel/deepmath-v1" if has_cuda() else "embedded")
+    lora = None if lora == "none" else lora
+    if model == "embedded":
+        model = str(embedded_model())
+    elif lora is None and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+        model, lora = adapter_config(model)["base_model_name_or_path"], model
+    elif lora is None and not Path(model).exists() and "/" in model:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        with contextlib.suppress(HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+            folder = snapshot_download(model, allow_patterns=["*.json", "adapter_model*"])
+            if (Path(folder) / "adapter_config.json").is_file():
+                model, lora = adapter_config(folder)["base_model_name_or_path"], folder
+    return model, lora
+
+
+def adapter_config(folder: str) -> dict:
+    """A PEFT adapter folder's configuration; UserError when the folder is not one."""
+    path = Path(folder)
+    if not (path / "adapter_config.json").is_file() or not any(path.glob("adapter_model.*")):
+        raise UserError(f"--lora {folder}: not a PEFT adapter folder (it needs adapter_config.json and adapter_model.safetensors)")
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        return {"r": int(config["r"]), "base_model_name_or_path": config.get("base_model_name_or_path"), **config}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--lora {folder}: adapter_config.json cannot be read as a LoRA configuration") from None
+
+
+def load_tokenizer(model: str):
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:120]
+        raise UserError(f"model {model!r} cannot be had ({reason}); without a network use the embedded one: --model embedded") from None
+
+
+def context_length(model: str) -> int:
+    """Longest sequence, in tokens, that the model's configuration allows."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model)
+    return int(getattr(config, "max_position_embeddings", None) or config.get_text_config().max_position_embeddings)
+
+
+def prepare_environment(verbose: bool) -> None:
+    """What vLLM reads from the environment, set before its first import. Figures: 2 cores, 135M model, 64 traces."""
+    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
+             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore", "GLOG_minloglevel": "2"}  # fmt: skip
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    fast = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: no pickling, no second process
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) or "auto",  # all cores; one would be kept free (135 -> 233 tok/s)
+        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB, taken when touched
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    for key, value in {**(quiet if not verbose else {}), **fast}.items():
+        os.environ.setdefault(key, value)
+
+
+@contextlib.contextmanager
+def silence(active: bool):
+    """Send file descriptors 1 and 2 to nowhere: libraries in C print while they load. Errors still come as exceptions."""
+    if not active:
+        yield
+        return
+    sys.stdout.flush(), sys.stderr.flush()
+    saved, null = (os.dup(1), os.dup(2)), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1), os.dup2(null, 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        for target, fd in enumerate(saved, 1):
+            os.dup2(fd, target), os.close(fd)
+        os.close(null)
+
+
+def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
+    """A vLLM LLMEngine in this process, and the LoRARequest for it (or None)."""
+    from vllm import EngineArgs, LLMEngine
+    from vllm.lora.request import LoRARequest
+
+    cuda, options = has_cuda(), {}
+    if lora:
+        rank = adapter_config(lora)["r"]
+        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)}
+    if cuda:
+        options |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
+    else:
+        # A per-request seed crashes the CPU build when a prompt's prefill is cut into chunks, so none is cut.
+        # float32: as fast as bfloat16 for a small model, 5 times faster on a CPU without bfloat16 instructions, and exact:
+        # vLLM's logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
+        options |= {"dtype": "float32", "enforce_eager": True,
+                    "enable_chunked_prefill": False, "max_num_batched_tokens": max(max_len, 8192), "block_size": 32}  # fmt: skip
+    engine = LLMEngine.from_engine_args(EngineArgs(
+        model=model, max_model_len=max_len, max_num_seqs=slots, enable_prefix_caching=True, disable_log_stats=True,
+        generation_config="vllm", logprobs_mode="processed_logprobs", seed=0,
+        tensor_parallel_size=args.tensor_parallel, **options))  # fmt: skip
+    request = LoRARequest("adapter-0", 1, str(Path(lora).resolve())) if lora else None
+    if request:
+        engine.add_lora(request)  # now, so that a wrong one ends here and not in the middle of a run
+    return engine, request
+
+
+@contextlib.contextmanager
+def open_agent(args, problems: list[Problem] = ()):
+    """An Agent for the command line's flags, ready for `problems` (their longest prompt sets the context to plan for).
+
+    The sandbox's zygote starts first: its imports run while the engine loads. Raises UserError.
+    """
+    prepare_environment(args.verbose)
+    settings = settings_from(args)
+    if args.lora not in (None, "none"):
+        adapter_config(args.lora)
+    with contextlib.ExitStack() as stack:
+        box = stack.enter_context(Sandbox(mode=args.sandbox)) if settings.prompt.agent else None
+        model, lora = resolve_model(args.model, args.lora)
+        tokenizer = load_tokenizer(model)
+        context = context_length(model)
+        lengths = [len(render_prompt(tokenizer, settings.prompt, p.question)) for p in problems]
+        bare = len(render_prompt(tokenizer, settings.prompt, ""))
+        longest = max(lengths, default=bare + 1024)  # at the interactive prompt the problems are not known yet
+        if longest >= context:
+            raise UserError(f"the prompt has {longest} tokens and the model's context is {context}: shorten the problem, or use --few-shot none")
+        max_len = min(context, longest + settings.max_tokens + settings.inserted_tokens)
+        try:
+            with silence(not args.verbose):
+                engine, request = load_engine(model, lora, max_len, args.batch, args)
+        except (OSError, ValueError, RuntimeError, StopIteration) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            raise UserError(f"the engine could not load {model}{' with ' + lora if lora else ''}: {reason} (--verbose shows the engine's log)") from None
+        if box:
+            try:
+                box.wait_ready()
+            except SandboxError as error:
+                raise UserError(str(error)) from None
+        yield Agent(engine, tokenizer, box, settings, max_len, args.batch, request)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    cuda = has_cuda()
+    group = parser.add_argument_group("model")
+    group.add_argument("--model", metavar="ID|DIR", help="hub id, folder, or `embedded` (default: Intel/deepmath-v1 with a GPU, else embedded)")
+    group.add_argument("--lora", metavar="DIR", help="PEFT adapter folder; `none` for no adapter")
+    group.add_argument("--batch", type=int, default=256 if cuda else 64, metavar="N", help="traces decoded at once (default: %(default)s)")
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory for the engine (default: 0.9)")
+    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share one model (default: 1)")
+    group.add_argument("--verbose", action="store_true", help="show the engine's log")
+    group = parser.add_argument_group("prompt and tool")
+    group.add_argument("--no-agent", action="store_true", help="plain reasoning, no tool: the baseline")
+    group.add_argument("--few-shot", metavar="STYLE|FILE", help="turns, system, none, a file like fewshot.txt, or style:file (default: turns for the embedded model, else system)")
+    group.add_argument("--sandbox", choices=["auto", "limits-only"], default="auto", help="limits-only: go on where the kernel has no seccomp, at your own risk")
+    group = parser.add_argument_group("sampling and budgets")
+    group.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0 is greedy (default: %(default)s)")
+    group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
+    group.add_argument("--top-k", type=int, default=20, metavar="K", help="0 is off (default: %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="same seed, same traces, up to rounding that depends on the batch; -1: not repeatable (default: 0)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens per trace (default: 1024 for the embedded model, else 20000)")
+    group.add_argument("--max-step-tokens", type=int, default=3000, metavar="N", help="tokens of one engine request, after which generation goes on (default: %(default)s)")
+    group.add_argument("--max-calls", type=int, default=50, metavar="N", help="snippets per trace (default: %(default)s)")
+    group.add_argument("--snippet-seconds", type=float, default=20.0, metavar="S", help="wall time of a snippet (default: %(default)s)")
+    group.add_argument("--end-at", choices=["eos", "box"], default="eos", help="end a trace by itself, or at its first complete \\boxed{} (default: eos)")
+
+
+def settings_from(args) -> Settings:
+    """Settings from parsed flags, with the defaults that depend on the model. Raises UserError for values out of range."""
+    small = args.model == "embedded" or (args.model is None and not has_cuda())
+    if args.max_tokens is None:
+        args.max_tokens = 1024 if small else 20_000
+    low = {"temperature": 0, "top_k": 0, "max_tokens": 1, "max_step_tokens": 1, "max_calls": 0, "batch": 1, "tensor_parallel": 1}
+    for name, least in low.items():
+        if not math.isfinite(getattr(args, name)) or getattr(args, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    for name, most in {"top_p": 1, "gpu_memory_utilization": 1, "snippet_seconds": 3600}.items():
+        if not 0 < getattr(args, name) <= most:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}")
+    style = "turns" if small else "system"
+    return Settings(read_few_shot(args.few_shot or style, style, agent=not args.no_agent), args.temperature, args.top_p,
+                    args.top_k, None if args.seed < 0 else args.seed, args.max_tokens, args.max_step_tokens, args.max_calls,
+                    args.snippet_seconds, args.end_at)  # fmt: skip
+
+
+def trace_json(trace: Trace) -> dict:
+    return {"text": trace.text, "answer": trace.answer, "finish": trace.finish, "tokens": trace.sampled,
+            "calls": [{"code": code, **asdict(result)} for code, result in trace.calls]}  # fmt: skip
+
+
+class View:
+    """Prints one trace as it grows: prose as it comes, a call as highlighted code, its output dimmed, errors in red."""
+
+    def __init__(self, console):
+        self.console, self.held, self.in_call = console, "", False
+
+    def __call__(self, trace: Trace, kind: str, value) -> None:
+        from rich.padding import Padding
+        from rich.syntax import Syntax
+        from rich.text import Text
+
+        if kind == "text":
+            self.held += value
+            if not self.in_call:  # hold back what may be the beginning of a tag
+                prose, tag, rest = self.held.partition(CALL_OPEN)
+                keep = 0 if tag else next((n for n in range(len(CALL_OPEN) - 1, 0, -1) if prose.endswith(CALL_OPEN[:n])), 0)
+                self.print(prose[: len(prose) - keep])
+                self.held, self.in_call = (tag + rest if tag else prose[len(prose) - keep :]), bool(tag)
+        elif kind == "call":
+            self.held, self.in_call = "", False
+            self.console.print(Padding(Syntax(value, "python", background_color="default", word_wrap=True), (0, 0, 0, 4)))
+        elif kind == "output":
+            style = "dim" if value.status == "ok" else "red"
+            self.console.print(Padding(Text(value.output, style=style), (0, 0, 1, 4)))
+
+    def print(self, text: str) -> None:
+        self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True, emoji=False)
+
+    def close(self) -> None:
+        self.print(self.held + "\n")
+        self.held, self.in_call = "", False
+
+
+def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool, progress: Callable = lambda done: None) -> dict:
+    """n traces of one problem and their vote; prints them for people unless as_json. Returns the JSON object."""
+    from evaluate import vote  # the one import against the reading order: evaluate.py builds on this file
+
+    started, view, traces = time.monotonic(), View(console), []
+    for trace in agent.rollout(((problem, i) for i in range(n)), view if n == 1 and not as_json else None):
+        traces.append(trace)
+        progress(len(traces))
+        if n > 1 and not as_json:
+            console.print(f"trace {trace.sample:2d}: {trace.sampled:5d} tokens, {len(trace.calls)} calls, {trace.finish}: "
+                          f"{trace.answer or 'no answer'}", markup=False, highlight=False)  # fmt: skip
+    traces.sort(key=lambda t: t.sample)
+    result = vote([t.answer for t in traces])
+    seconds, tokens = time.monotonic() - started, sum(t.sampled for t in traces)
+    if not as_json:
+        if n == 1:
+            view.close()
+        calls = sum(len(t.calls) for t in traces)
+        votes = f" ({result.clusters[0][1]} of {n} votes)" if n > 1 and result.clusters else ""
+        console.print(f"answer: {result.winner or 'none'}", style="bold", markup=False, highlight=False, end="")
+        console.print(f"{votes}   {tokens} tokens, {calls} calls, {seconds:.1f} s", style="dim", markup=False, highlight=False)
+        if n == 1 and traces[0].finish not in ("eos", "answer"):
+            console.print(f"(the trace was ended: {traces[0].finish})", style="dim")
+    return {"problem": problem.question, "answer": result.winner,
+            "votes": [{"answer": a, "count": c} for a, c, *_ in result.clusters], "traces": [trace_json(t) for t in traces]}  # fmt: skip
+
+
+def questions(console) -> Iterator[str]:
+    """Problem after problem from the terminal, until end of file."""
+    with contextlib.suppress(EOFError, KeyboardInterrupt), contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history
+    console.print("One problem a line; Ctrl-D ends.", style="dim")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return
+        if line:
+            yield line
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Solve a math problem with a model that runs Python while it thinks.")
+    parser.add_argument("problem", nargs="?", help="the problem; - reads it from standard input; none: a prompt for problem after problem")
+    parser.add_argument("--n", type=int, default=1, metavar="N", help="traces to sample; their answers are put to the vote (default: 1)")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output and nothing else")
+    add_model_flags(parser)
+    args = parser.parse_args()
+    problem = sys.stdin.read() if args.problem == "-" else args.problem
+    if problem is not None and not problem.strip():
+        raise UserError("the problem is empty: give one in quotes, or - for standard input")
+    if problem is None and args.json:
+        raise UserError("--json needs a problem (or - for standard input)")
+    if args.n < 1:
+        raise UserError(f"--n must be at least 1, not {args.n}")
+    settings_from(args)  # a wrong flag ends here, before anything heavy is loaded
+
+    from rich.console import Console
+
+    console = Console(soft_wrap=True)
+    out = os.dup(1) if args.json else None
+    if args.json:  # whatever a library prints goes to stderr: stdout holds the object and nothing else
+        os.dup2(2, 1)
+    if sys.stderr.isatty():
+        print("loading the model ...", file=sys.stderr, end="\r", flush=True)
+    fixed = [Problem(problem_id(problem), problem.strip(), None)] if problem is not None else []
+    with open_agent(args, fixed) as agent:
+        if sys.stderr.isatty():
+            print("\033[K", file=sys.stderr, end="", flush=True)
+        for problem in fixed or (Problem(problem_id(q), q, None) for q in questions(console)):
+            result = solve(agent, problem, args.n, console, args.json)
+            if args.json:
+                os.write(out, (json.dumps(result, ensure_ascii=False) + "\n").encode())
+
+
+if __name__ == "__main__":
+    run_main(main)
