@@ -539,7 +539,7 @@ class Session:
         with self.box.lock:
             self.box.pending += sink is None
         self.box._post(self, types.SimpleNamespace(
-            code=str(code), timeout=float(timeout), sink=sink or self.box.done, started=None, size=0, head=b"", tail=b""))
+            code=str(code), timeout=float(timeout), sink=sink or self.box.done, started=None, pause=0.02, size=0, head=b"", tail=b""))
 
     def run(self, code, timeout=20):
         """Runs a snippet and waits for its Result."""
@@ -633,13 +633,13 @@ class Sandbox:
 
     def _step(self):
         now = time.monotonic()
-        wait = min([0.02] + [session.job.deadline - now for session in self.running]) if self.running else None if self.up else 1
+        wait = min([s.job.pause for s in self.running] + [s.job.deadline - now for s in self.running], default=None if self.up else 1)
         for key, _ in self.selector.select(wait if wait is None else max(wait, 0)):
             if self.selector.get_map().get(key.fd) is key:                     # not closed by an earlier event of this batch
                 key.data()
         now = time.monotonic()
-        for session in list(self.running):                                     # pipes are emptied 50 times a second, however
-            if self._drain(session) and session.job.deadline <= now:           # small the pieces: a flood costs us nothing
+        for session in list(self.running):                                     # pipes are emptied by the clock, not whenever something
+            if self._drain(session) and session.job.deadline <= now:           # comes: a flood of small pieces costs us nothing
                 self._stop(session, "timeout")
         if not (self.up or self.broken) and now > self.patience:
             self._break("the sandbox's libraries took more than 120 s to load")
@@ -741,7 +741,7 @@ class Sandbox:
             if not chunk:                                                      # the snippet has closed its output
                 return True
             room = KEEP_BYTES - len(job.head)
-            job.size += len(chunk)
+            job.size, job.pause = job.size + len(chunk), 0.002 if len(chunk) > 1 << 15 else 0.02
             job.head, job.tail = job.head + chunk[:room], (job.tail + chunk[room:])[-KEEP_BYTES:]
             if job.size > OUTPUT_BYTES:
                 return self._stop(session, "output")
