@@ -1,6 +1,6 @@
 # make demo | test | setup | test-all | clean.   PYTHON=python3.12 chooses the interpreter, CPU=1 the CPU build on a GPU machine.
 PYTHON ?= python3
-DEMO   ?= What is the remainder when 7^222 is divided by 1000?
+DEMO   ?= What is 48721 times 9637?
 PY     := .venv/bin/python
 export DEMO
 

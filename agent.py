@@ -24,7 +24,6 @@ Left out: servers, other engines, several tools, JSON tool schemas. The one tool
 
 import argparse
 import contextlib
-import functools
 import hashlib
 import importlib.metadata
 import itertools
@@ -560,8 +559,6 @@ class View:
 
 def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool, progress: Callable = lambda done: None) -> dict:
     """n traces of one problem and their vote; prints them for people unless as_json. Returns the JSON object."""
-    from evaluate import vote  # the one import against the reading order: evaluate.py builds on this file
-
     started, view, traces = time.monotonic(), View(console), []
     for trace in agent.rollout(((problem, i) for i in range(n)), view if n == 1 and not as_json else None):
         traces.append(trace)
@@ -570,19 +567,25 @@ def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool, progre
             console.print(f"trace {trace.sample:2d}: {trace.sampled:5d} tokens, {len(trace.calls)} calls, {trace.finish}: "
                           f"{trace.answer or 'no answer'}", markup=False, highlight=False)  # fmt: skip
     traces.sort(key=lambda t: t.sample)
-    result = vote([t.answer for t in traces])
+    if n == 1:
+        winner, votes = traces[0].answer, [(traces[0].answer, 1)] if traces[0].answer else []
+    else:
+        from evaluate import vote  # the one import against the reading order: evaluate.py builds on this file
+
+        result = vote([t.answer for t in traces])
+        winner, votes = result.winner, [(answer, count) for answer, count, *_ in result.clusters]
     seconds, tokens = time.monotonic() - started, sum(t.sampled for t in traces)
     if not as_json:
         if n == 1:
             view.close()
         calls = sum(len(t.calls) for t in traces)
-        votes = f" ({result.clusters[0][1]} of {n} votes)" if n > 1 and result.clusters else ""
-        console.print(f"answer: {result.winner or 'none'}", style="bold", markup=False, highlight=False, end="")
-        console.print(f"{votes}   {tokens} tokens, {calls} calls, {seconds:.1f} s", style="dim", markup=False, highlight=False)
+        share = f" ({votes[0][1]} of {n} votes)" if n > 1 and votes else ""
+        console.print(f"answer: {winner or 'none'}", style="bold", markup=False, highlight=False, end="")
+        console.print(f"{share}   {tokens} tokens, {calls} calls, {seconds:.1f} s", style="dim", markup=False, highlight=False)
         if n == 1 and traces[0].finish not in ("eos", "answer"):
             console.print(f"(the trace was ended: {traces[0].finish})", style="dim")
-    return {"problem": problem.question, "answer": result.winner,
-            "votes": [{"answer": a, "count": c} for a, c, *_ in result.clusters], "traces": [trace_json(t) for t in traces]}  # fmt: skip
+    return {"problem": problem.question, "answer": winner,
+            "votes": [{"answer": a, "count": c} for a, c in votes], "traces": [trace_json(t) for t in traces]}  # fmt: skip
 
 
 def questions(console) -> Iterator[str]:
