@@ -5,7 +5,7 @@ and then only forks. Each trace gets a *session*: one fork of the zygote that lo
 its first snippet, then runs snippet after snippet in one namespace. One supervisor thread in the caller's
 process starts, feeds, times and kills sessions. A session that hangs, dies or is dropped to save memory is
 rebuilt at the trace's next snippet by replaying the snippets that ended by themselves: a snippet that had to
-be stopped leaves no trace, and loses nothing that came before it.
+be stopped leaves no trace, and loses nothing that came before it. Between snippets a session is SIGSTOPped.
 
 Threat model: the model, or somebody who writes its prompts, runs any code at all in the session's process,
 machine code included. It must not read or write a file, reach the network, start or signal a process, see
@@ -240,6 +240,15 @@ def drop_privileges():
     header, nothing = struct.pack("Ii", 0x20080522, 0), bytes(24)
     libc_call("capset", ctypes.c_char_p(header), ctypes.c_char_p(nothing))
     return f"uid {os.getuid()}, no capabilities" if os.getuid() else "uid 0 kept, no capabilities: only seccomp stops forks"
+
+
+def empty_bounding_set():
+    """In the zygote, once, for all its forks: no program that might be run could give a capability back."""
+    try:
+        for capability in range(64):
+            libc_call("prctl", CAPBSET_DROP, capability, 0, 0, 0)
+    except OSError:                                                            # not root, or past the last capability
+        pass
 
 
 def die_with(parent):
@@ -484,6 +493,7 @@ def zygote_main(config):
     try:
         preload()
         warm()
+        empty_bounding_set()
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("the zygote has more than one thread")
         config.update(filter=seccomp_filter(), testing=False)
@@ -911,6 +921,8 @@ def main():
             result = box.session().run(code, options.timeout)
     except SandboxError as error:
         sys.exit(f"sandbox.py: {error}")
+    except KeyboardInterrupt:
+        return 130
     print(result.output)
     return 0 if result.status == "ok" else 1
 

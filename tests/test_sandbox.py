@@ -429,9 +429,23 @@ def test_uid_alone(boxes, world):
                     "os.kill(os.getppid(), 9)", "os.chown(SECRET, 1, 1)"):
         assert session.run(code + attempt).status == "blocked", attempt
     assert not world.damage("") - {"files"} and other.run("x").output == "5"
-    assert "0000000000000000" in session.run(code + "[l for l in bi.open('/proc/self/status') if l.startswith('CapEff')]").output
+    said = session.run(code + "[l.split()[1] for l in bi.open('/proc/self/status') if l.startswith(('CapEff', 'CapPrm', 'CapBnd'))]").output
+    assert said == str(["0" * 16] * 3)
     world.reset()
     session.close(), other.close()
+
+
+def test_nothing_is_shared_between_sessions(boxes):
+    """No writable shared mapping, no executable writable one, no descriptor but null, output, requests."""
+    session = boxes("all").session()
+    session.run("1")
+    pid = session.process.pid
+    if ROOT:                                                 # the session is not dumpable: others may not look
+        maps = [line.split()[1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+        assert maps and not [rights for rights in maps if rights[1] == "w" and (rights[2] == "x" or rights[3] == "s")]
+        assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2", "3"]
+        assert os.getpgid(pid) == pid and "Threads:\t1" in Path(f"/proc/{pid}/status").read_text()
+    session.close()
 
 
 def test_environment_is_not_inherited(boxes):
