@@ -37,8 +37,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data import CALL_CLOSE, CALL_OPEN, Problem, Prompt, UserError, disarm, embedded_model, encode, problem_id
-from data import read_few_shot, render_prompt, run_main
+from data import CALL_CLOSE, CALL_OPEN, Parser, Problem, Prompt, UserError, disarm, embedded_model, encode
+from data import go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main
 from sandbox import Result, Sandbox, SandboxError, Session
 
 OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
@@ -337,6 +337,7 @@ def resolve_model(model: str | None, lora: str | None) -> tuple[str, str | None]
     elif lora is None and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
         model, lora = adapter_config(model)["base_model_name_or_path"], model
     elif lora is None and not Path(model).exists() and "/" in model:
+        # One request settles it; the weights themselves are fetched by whoever loads them.
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -445,6 +446,8 @@ def open_agent(args, problems: list[Problem] = ()):
     """
     prepare_environment(args.verbose)
     settings = settings_from(args)
+    if args.model not in (None, "embedded") or has_cuda():
+        go_offline_without_hub()
     if args.lora not in (None, "none"):
         adapter_config(args.lora)
     with contextlib.ExitStack() as stack:
@@ -603,7 +606,7 @@ def questions(console) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Solve a math problem with a model that runs Python while it thinks.")
+    parser = Parser(description="Solve a math problem with a model that runs Python while it thinks.")
     parser.add_argument("problem", nargs="?", help="the problem; - reads it from standard input; none: a prompt for problem after problem")
     parser.add_argument("--n", type=int, default=1, metavar="N", help="traces to sample; their answers are put to the vote (default: 1)")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output and nothing else")
