@@ -37,8 +37,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from data import CALL_CLOSE, CALL_OPEN, Parser, Problem, Prompt, UserError, disarm, embedded_model, encode
-from data import go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main
+from data import CALL_CLOSE, CALL_OPEN, Parser, Problem, Prompt, UserError, disarm, embedded_model
+from data import SPLIT, encode, go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main
 from sandbox import Result, Sandbox, SandboxError, Session
 
 OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
@@ -60,8 +60,10 @@ class Trace:
     spans: list[tuple[str, int]] = field(default_factory=list)  # (model | code | output, characters): they tile `text`
     answer: str | None = None
     seconds: float = 0.0
-    # while the trace runs:
-    segment: str = ""  # text the model wrote since the last inserted output
+    # while the trace runs; a segment is what the model writes between two inserted outputs:
+    segment: str = ""
+    code_at: int | None = None  # where the segment's call begins; what stands before it is prose
+    decoder: object = None  # turns the segment's ids into text one by one
     inserted: int = 0  # tokens inserted so far
     requests: int = 0  # engine requests so far; part of the seed
     session: Session | None = None
@@ -98,18 +100,18 @@ class Settings:
 
 def boxed(text: str) -> list[str]:
     """Contents of every complete, brace-matched \\boxed{...} or \\fbox{...} in text, outermost ones, in order."""
+    closes, open_braces = {}, []  # one pass: a model that loops may open thousands of boxes
+    for m in re.finditer(r"\\.|[{}]", text, re.S):  # \{ and \} are characters of a set, not braces
+        if m[0] == "{":
+            open_braces.append(m.start())
+        elif m[0] == "}" and open_braces:
+            closes[open_braces.pop()] = m.start()
     found, at = [], 0
-    while m := re.compile(r"\\f?boxed?\s*\{").search(text, at):
-        depth, i = 1, m.end()
-        while i < len(text) and depth:
-            escaped = text[i] == "\\"
-            depth += 0 if escaped else (text[i] == "{") - (text[i] == "}")
-            i += 1 + escaped  # \{ and \} are characters of a set, not braces
-        if depth:
-            at = m.end()  # never closed: look inside it
-        else:
-            found.append(text[m.end() : i - 1].strip())
-            at = i
+    for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
+        end = closes.get(m.end() - 1)
+        if m.start() >= at and end:
+            found.append(text[m.end() : end].strip())
+            at = end
     return found
 
 
@@ -118,17 +120,9 @@ def extract_answer(text: str) -> str | None:
     return next((b for b in reversed(boxed(text)) if b), None)
 
 
-def snippet_in(segment: str) -> str | None:
-    """Code of the call that a segment's last closing tag ends; None where no opening tag belongs to it."""
-    head, close, _ = segment.rpartition(CALL_CLOSE)
-    _, opened, code = head.rpartition(CALL_CLOSE)[2].rpartition(CALL_OPEN)
-    return code.strip("\n") if close and opened else None
-
-
-def outside_call(segment: str) -> str:
-    """What the model wrote as prose: a segment without the call at its end, closed or not."""
-    last_open, last_close = segment.rfind(CALL_OPEN), segment.rfind(CALL_CLOSE)
-    return segment[:last_open] if last_open > last_close or snippet_in(segment) is not None else segment
+def snippet_in(call: str) -> str:
+    """The code of a closed call; of several opening tags the last counts: the model began anew."""
+    return call.rpartition(CALL_CLOSE)[0].rpartition(CALL_OPEN)[2].strip("\n")
 
 
 def trace_seed(seed: int | None, problem: str, sample: int, request: int) -> int | None:
@@ -136,22 +130,6 @@ def trace_seed(seed: int | None, problem: str, sample: int, request: int) -> int
     if seed is None:
         return None
     return int.from_bytes(hashlib.sha256(f"{seed}/{problem}/{sample}/{request}".encode()).digest()[:7])
-
-
-def layout(tokenizer, trace: Trace, agent: bool) -> tuple[str, list[tuple[str, int]], str | None]:
-    """(text, spans, answer) of a finished trace, from its ids and mask; the answer is read from `model` spans only."""
-    text, spans, answer, at = "", [], None, 0
-    for inserted, run in itertools.groupby(trace.mask, key=lambda m: m == 0):
-        ids = trace.ids[at : (at := at + len(list(run)))]
-        if at == len(trace.ids) and trace.finish == "eos":
-            ids = ids[:-1]
-        piece = tokenizer.decode(ids, skip_special_tokens=False)
-        prose = piece if inserted or not agent else outside_call(piece)
-        text += piece
-        spans += [("output" if inserted else "model", len(prose)), ("code", len(piece) - len(prose))]
-        if not inserted:
-            answer = extract_answer(prose) or answer
-    return text, [(kind, n) for kind, n in spans if n], answer
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -168,8 +146,9 @@ class Agent:
     def __init__(self, engine, tokenizer, box: Sandbox | None, settings: Settings, max_len: int, slots: int = 64, lora=None):
         self.engine, self.tokenizer, self.box, self.settings = engine, tokenizer, box, settings
         self.max_len, self.slots, self.lora = max_len, slots, lora
-        close_id = tokenizer.get_vocab().get(CALL_CLOSE)  # one token in Qwen3's vocabulary, ordinary text in others
-        self.close_ids = [close_id] if close_id is not None and settings.prompt.agent else []
+        vocabulary = tokenizer.get_vocab()  # the tags are one token each in Qwen3's vocabulary, ordinary text in others
+        self.open_id, close_id = vocabulary.get(CALL_OPEN), vocabulary.get(CALL_CLOSE)
+        self.close_ids = [close_id] if None not in (self.open_id, close_id) and settings.prompt.agent else []
         self.serial = itertools.count()
 
     def rollout(self, jobs: Iterable[tuple[Problem, int]], on_event: Callable | None = None) -> Iterator[Trace]:
@@ -196,14 +175,14 @@ class Agent:
                     new_text = self.take(trace, output.outputs[0])
                     if new_text:
                         notify(trace, "text", new_text)
-                    move = self.next_move(trace, output.outputs[0])
+                    move = self.next_move(trace, output.outputs[0], new_text)
                     if move == "decode":
                         continue
                     del decoding[output.request_id]
                     if not output.finished:
                         self.engine.abort_request([output.request_id])
                     if move == "call":
-                        code = snippet_in(trace.segment)
+                        code = snippet_in(trace.segment[trace.code_at :])
                         notify(trace, "call", code)
                         trace.session = trace.session or self.box.session()
                         trace.session.submit(code, timeout=self.settings.snippet_seconds)
@@ -242,7 +221,7 @@ class Agent:
             seed=trace_seed(s.seed, trace.problem.id, trace.sample, trace.requests),
             max_tokens=min(room, s.max_step_tokens) if s.prompt.agent else room,
             stop_token_ids=self.close_ids, logprobs=0,  # 0: the sampled token's only
-            skip_special_tokens=False, output_kind=RequestOutputKind.DELTA)  # fmt: skip
+            detokenize=False, output_kind=RequestOutputKind.DELTA)  # fmt: skip
         name = f"{trace.problem.id}-{trace.sample}-{trace.requests}-{next(self.serial)}"
         self.engine.add_request(name, {"prompt_token_ids": trace.prompt_ids + trace.ids}, params, lora_request=self.lora)
         trace.requests += 1
@@ -251,42 +230,57 @@ class Agent:
 
     def take(self, trace: Trace, new) -> str:
         """Append what one engine step sampled (a CompletionOutput with deltas); returns the new text."""
-        trace.ids += new.token_ids
-        trace.mask += [1] * len(new.token_ids)
-        trace.logprobs += [row[i].logprob for i, row in zip(new.token_ids, new.logprobs or (), strict=True)]
-        trace.segment += new.text
-        if trace.ids and trace.ids[-1] in self.close_ids and new.finish_reason == "stop":
-            trace.segment += CALL_CLOSE  # the engine leaves a stop token's text out
-            return new.text + CALL_CLOSE
-        return new.text
+        before = len(trace.segment)
+        for number, (i, row) in enumerate(zip(new.token_ids, new.logprobs or (), strict=True), 1):
+            trace.ids.append(i)
+            trace.mask.append(1)
+            trace.logprobs.append(row[i].logprob)
+            ended = new.finish_reason == "stop" and number == len(new.token_ids) and i not in self.close_ids
+            if self.close_ids and i == self.open_id and trace.code_at is None:
+                trace.code_at = len(trace.segment)
+            if not ended:  # the token that ends the turn is no text
+                trace.segment += self.text_of(trace, i)
+        if not self.close_ids and self.settings.prompt.agent and trace.code_at is None:
+            at = trace.segment.find(CALL_OPEN, max(0, before - len(CALL_OPEN)))
+            trace.code_at = at if at >= 0 else None
+        return trace.segment[before:]
 
-    def next_move(self, trace: Trace, new) -> str:
+    def text_of(self, trace: Trace, token: int) -> str:
+        """The text that one more token adds, "" inside a character. The decoder lives as long as the segment does: an
+        engine request may begin inside a character, so the engine's own text would not do."""
+        from tokenizers.decoders import DecodeStream
+
+        trace.decoder = trace.decoder or DecodeStream(skip_special_tokens=False)
+        try:
+            return trace.decoder.step(self.tokenizer.backend_tokenizer, token) or ""
+        except Exception:  # noqa: BLE001  bytes that are no UTF-8 at all: the library raises a bare Exception
+            trace.decoder = None
+            return "\ufffd"
+
+    def next_move(self, trace: Trace, new, new_text: str) -> str:
         """decode (the request goes on) | call | again (a new request is due) | a finish value."""
-        s, segment = self.settings, trace.segment
-        stopped_at_close = bool(self.close_ids) and new.finish_reason == "stop" and trace.ids[-1] in self.close_ids
-        # Where the tag is ordinary text its last token may carry more than the tag (">\n"): the token was sampled and
-        # stays. Looking at the text since the last output also finds a tag that a step limit had cut in two.
-        tail = segment[-len(new.text) - len(CALL_CLOSE) :]
-        if s.prompt.agent and (stopped_at_close or (not self.close_ids and CALL_CLOSE in tail)):
-            if snippet_in(segment) is None:  # a closing tag that closes nothing: plain text
-                return "again" if new.finish_reason else "decode"
+        s, in_call = self.settings, trace.code_at is not None
+        at_close = new.finish_reason == "stop" and trace.ids[-1] in self.close_ids
+        # Where the tag is ordinary text, its last token may carry more than the tag (">\n"): it was sampled, it stays.
+        # Looking at the segment's text also finds a tag that a step limit has cut in two.
+        if in_call and (at_close if self.close_ids else CALL_CLOSE in trace.segment[trace.code_at :]):
             if trace.sampled >= s.max_tokens:
                 return "max_tokens"  # nobody could read the output
             return "call" if len(trace.calls) < s.max_calls else "max_calls"
-        if s.end_at == "box" and "}" in new.text and extract_answer(outside_call(segment) if s.prompt.agent else segment):
+        if s.end_at == "box" and "}" in new_text and extract_answer(trace.segment[: trace.code_at]):
             return "answer"
         if new.finish_reason is None:
             return "decode"
         if new.finish_reason == "stop":
-            return "eos"
+            return "again" if at_close else "eos"  # again: a closing tag that closes nothing is plain text
         return "again" if new.finish_reason == "length" else "error"
 
     def insert(self, trace: Trace, result: Result) -> bool:
         """Append a snippet's output, untrusted text, as masked tokens; False, with finish set, when nothing more fits."""
-        trace.calls.append((snippet_in(trace.segment), result))
+        trace.calls.append((snippet_in(trace.segment[trace.code_at :]), result))
         room = min(self.settings.inserted_tokens - trace.inserted, self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1)
         # A fence inside the output would end the block early. Encoded alone, and no added token can come out of it.
-        shown = encode(self.tokenizer, disarm(self.tokenizer, result.output.replace("```", "'''")))
+        shown = encode(self.tokenizer, disarm(self.tokenizer, result.output.replace(SPLIT, "").replace("```", "'''")))
         before = encode(self.tokenizer, ("" if trace.segment.endswith("\n") else "\n") + "```output\n")
         after = encode(self.tokenizer, "\n```\n")
         room = min(OUTPUT_TOKENS, room - len(before) - len(after))
@@ -302,11 +296,22 @@ class Agent:
         trace.mask += [0] * len(ids)
         trace.logprobs += [0.0] * len(ids)
         trace.inserted += len(ids)
-        trace.segment = ""
+        self.close_segment(trace)
+        inserted = self.tokenizer.decode(ids, skip_special_tokens=False)
+        trace.text += inserted
+        trace.spans.append(("output", len(inserted)))
         return True
 
+    def close_segment(self, trace: Trace) -> None:
+        """Move the segment into the trace's text; its prose, and only that, may hold the answer."""
+        prose, code = trace.segment[: trace.code_at], trace.segment[len(trace.segment[: trace.code_at]) :]
+        trace.text += trace.segment
+        trace.spans += [(kind, len(part)) for kind, part in (("model", prose), ("code", code)) if part]
+        trace.answer = extract_answer(prose) or trace.answer
+        trace.segment, trace.code_at, trace.decoder = "", None, None
+
     def end(self, trace: Trace) -> Trace:
-        trace.text, trace.spans, trace.answer = layout(self.tokenizer, trace, self.settings.prompt.agent)
+        self.close_segment(trace)
         trace.seconds += time.monotonic()
         if trace.session:
             trace.session.close()

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import agent
 import data
-from agent import OUTPUT_TOKENS, Agent, Settings, boxed, extract_answer, outside_call, snippet_in, trace_seed
+from agent import OUTPUT_TOKENS, Agent, Settings, boxed, extract_answer, snippet_in, trace_seed
 from data import SPLIT, Problem, Prompt, disarm, encode, problem_id
 from sandbox import Result, Sandbox
 
@@ -118,7 +118,7 @@ class FakeEngine:
         ids = prompt["prompt_token_ids"]
         assert name not in self.names, "a request's name was used twice"
         assert params.output_kind is RequestOutputKind.DELTA and params.logprobs == 0
-        assert params.skip_special_tokens is False and not params.stop
+        assert params.detokenize is False and not params.stop
         assert params.max_tokens >= 1 and len(ids) + params.max_tokens <= self.max_len
         record = next((r for rs in self.records.values() for r in rs
                        if not r.busy and r.played and ids[: len(r.context)] == r.context), None)  # fmt: skip
@@ -349,7 +349,6 @@ def test_the_step_limit_changes_nothing(tok, limit):
     assert len(set(record.seeds)) == len(record.seeds)  # a request with the same seed would replay the same noise
 
 
-@pytest.mark.xfail(strict=True, reason="the first delta of a request that begins inside a character repeats the whole prompt's text")
 def test_the_step_limit_inside_a_character(tok):
     """A request whose prompt ends in half a character: its text must be the new text, not the prompt's again."""
     for text in ("🙂é <tool_call>\nprint('é')\n</tool_call>\n\\boxed{1} 🙂", "é🙂∑é🙂 and no call, no box"):
@@ -367,7 +366,6 @@ def test_nested_tags(tok):
     assert box.submitted == ["print(1)"] and trace.answer == "1" and trace.finish == "eos"
 
 
-@pytest.mark.xfail(strict=True, reason="outside_call cuts at the last opening tag, so what stands after an earlier unclosed one is prose")
 def test_a_box_in_an_unclosed_call_around_a_call_is_no_answer(tok):
     trace = one(tok, "<tool_call>\n\\boxed{5}\n<tool_call>\nprint(1)\n</tool_call>\n")
     assert trace.answer is None
@@ -387,9 +385,7 @@ def test_closing_tag_twice(tok):
     assert box.submitted == ["1"] and trace.finish == "eos" and trace.answer == "3"
 
 
-@pytest.mark.parametrize("name", [
-    "qwen", *(pytest.param(n, marks=pytest.mark.xfail(strict=True, reason="the end of text after a stray closing tag is overlooked"))
-              for n in ("embedded", "plain"))])  # fmt: skip
+@pytest.mark.parametrize("name", ["qwen", "embedded", "plain"])
 def test_end_of_text_right_after_a_closing_tag_that_closes_nothing(tokenizers_, name):
     tok = tokenizers_[name]
     trace = one(tok, "\\boxed{3} </tool_call>")
@@ -662,7 +658,6 @@ def test_hostile_output(tok, text):
             assert output.replace(SPLIT, "").replace("```", "'''") in shown
 
 
-@pytest.mark.xfail(strict=True, reason="SPLIT is taken out after the fence was looked for: two backticks, SPLIT, a backtick make a fence")
 def test_hostile_output_with_a_hidden_fence(tok):
     trace = one(tok, CALL, box=FakeBox(f"1\n``{SPLIT}`\n2"))
     assert trace.text.count("```") == 2
@@ -712,16 +707,13 @@ def test_disarm_and_encode_keep_the_text_and_control_nothing(tokenizers_, name):
 # Pure functions
 
 
-BOX_PATTERN = pytest.mark.xfail(strict=True, reason="the pattern reads \\boxe and \\fboxed, not \\fbox")
-
-
 @pytest.mark.parametrize(
     ("text", "want"),
     [("\\boxed{1}", ["1"]), ("\\boxed {1} \\boxed{ 2 }", ["1", "2"]), ("\\boxed{\\frac{1}{2}}", ["\\frac{1}{2}"]), ("\\boxed{", []),
      ("\\boxed{a \\boxed{2}", ["2"]), ("\\boxed{\\boxed{3}}", ["\\boxed{3}"]), ("\\boxed{\\{1, 2\\}}", ["\\{1, 2\\}"]),
      ("\\boxed{\\{1\\}", []), ("boxed{1}", []), ("\\boxed 7", []), ("\\boxed{}", [""]), ("x\\boxed{1}\\boxed{2", ["1"]),
-     ("\\boxed{1\\\\}", ["1\\\\"]), ("\\boxedx{8}", []), pytest.param("\\fbox{8}", ["8"], marks=BOX_PATTERN),
-     pytest.param("\\boxe{8}", [], marks=BOX_PATTERN)],  # fmt: skip
+     ("\\boxed{1\\\\}", ["1\\\\"]), ("\\boxedx{8}", []), ("\\fbox{8}", ["8"]),
+     ("\\boxe{8}", [])],  # fmt: skip
 )
 def test_boxed(text, want):
     assert boxed(text) == want
@@ -740,24 +732,18 @@ def test_boxed_never_fails_and_finds_what_is_balanced(inner, around):
         assert boxed(f"x\\boxed{{{inner}}}y") == [inner.strip()]
 
 
-@pytest.mark.xfail(strict=True, reason="each unclosed box reads to the end of the text")
 def test_boxed_is_not_quadratic_in_a_model_that_loops():
     started = time.monotonic()
     boxed("\\boxed{" * 3000)
     assert time.monotonic() - started < 0.5
 
 
-def test_snippet_in_and_outside_call():
-    assert snippet_in("a<tool_call>\nx\n</tool_call>") == "x"
-    assert snippet_in("a<tool_call>x") is None and snippet_in("x</tool_call>") is None and snippet_in("") is None
-    assert snippet_in("<tool_call>a</tool_call> b</tool_call>") is None
-    assert snippet_in("<tool_call></tool_call>") == ""
+def test_snippet_in():
+    assert snippet_in("<tool_call>\nx\n</tool_call>") == "x" and snippet_in("<tool_call></tool_call>") == ""
+    assert snippet_in("<tool_call>a\n<tool_call>\nb\n</tool_call>") == "b"  # the model began anew
     assert snippet_in("<tool_call>\n  x = 1\n  y\n</tool_call>\n") == "  x = 1\n  y"  # indentation is the sandbox's affair
-    assert outside_call("a<tool_call>x</tool_call>") == "a" == outside_call("a<tool_call>x")
-    assert outside_call("a</tool_call>b") == "a</tool_call>b" and outside_call("") == ""
 
 
-@pytest.mark.xfail(strict=True, reason="outside_call drops all that follows a call, though none was run")
 def test_prose_after_a_call_spelled_in_ordinary_tokens(qwen):
     """A tokenizer with tag tokens can spell the tags in pieces too: plain text, no call, and the answer after it counts."""
     spelled = encode(qwen, disarm(qwen, "One writes <tool_call> and </tool_call> around it. So \\boxed{5}"))
