@@ -526,6 +526,8 @@ def parse(text: str):
     text = to_latex(text)
     if re.search(r"[\d.]\s+[\d.]", text):
         raise ValueError("two numbers side by side")  # the parser would add them
+    if re.search(r"\d\^\d+\^\d+\^", re.sub(r"[{}\s]", "", text)):
+        raise ValueError("a tower of powers has no value to compare")
     has_i = re.search(r"(?<![A-Za-z\\])(?:i|\\imath)(?![A-Za-z])", re.sub(r"_(?:\w|\{[^{}]*\})|\\(?:sum|prod).*", "", text))
     found = latex2sympy(text, is_real=not has_i, convert_degrees=False, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
     if isinstance(found, sympy.Expr):
@@ -752,18 +754,15 @@ def open_cache(path: Path, known: dict):
 
 
 def fallback_answer(text: str) -> str | None:
-    """For texts without a box (--fallback): what follows the last `answer is`, `answer:` or `####`, else the last formula
-    or number of the last line that has one. A guess, and therefore off by default."""
-    found = re.findall(r"(?i)(?:answer(?:\s+is|\s*:)|####|^\s*A:)[\s:*]*(.+?)(?=\.?\s*(?:I hope|<\||\n|$))", text, re.M)
-    for line in [*found[-1:], *reversed(text.strip().splitlines())]:
-        formulas = re.findall(r"\$\$?(.+?)\$\$?|\\[(\[](.+?)\\[)\]]", line)
-        numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*\\?%)?", line)
-        if formulas:
-            return "".join(formulas[-1]).strip()
-        if line in found[-1:] and len(line) < 40 and not numbers:
-            return line.strip(" .*")
-        if numbers:
-            return numbers[-1].rstrip(",")
+    """For texts without a box (--fallback): the last formula or number of what follows the last `answer is`, `answer:`
+    or `####`, else of the last line that has one. A guess, and therefore off by default."""
+    said = re.findall(r"(?:answer(?:\s+is|\s*:)|####|^\s*A:)[\s:*]*(.+?)(?=\.?\s*(?:I hope|<\||\n|$))", text, re.M | re.I)
+    formula = r"\$\$?([^$]*[\d\\][^$]*)\$\$?|\\[(\[]\s*(.*?[\d\\].*?)\s*\\[)\]]|(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*\\?%)?)"
+    for part in [*said[-1:], *reversed(text.strip().splitlines())]:
+        if found := re.findall(formula, part):
+            return "".join(found[-1]).strip().rstrip(",")
+        if part in said[-1:] and len(part.split(",")[0]) < 40:
+            return part.split(",")[0].strip(" .*$()") or None
     return None
 
 
@@ -1258,7 +1257,7 @@ def grade_file(path: Path, out: Path | None, fallback: bool) -> None:
             try:
                 row = json.loads(line)
                 rows.append((row, str(row["gold"] if row.get("gold") is not None else row["answer"]), str(row["text"])))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
                 reason = f"has no column {error}" if isinstance(error, KeyError) else "is not a JSON object"
                 raise UserError(f"{path}: line {i} {reason}; a row needs `text`, and `gold` or `answer`") from None
     if not rows:
