@@ -303,6 +303,7 @@ SOURCES = {
     "aime24": [Source("HuggingFaceH4/aime_2024", "train", "problem", "answer", 30, "problems (c) MAA")],
     "aime25": [Source("math-ai/aime25", "test", "problem", "answer", 30, "problems (c) MAA")],
     "hmmt": [Source("MathArena/hmmt_feb_2025", "train", "problem", "answer", 30, "CC-BY-NC-SA-4.0", note="February 2025")],
+    "hmmt24": [Source("MathArena/hmmt_feb_2024", "train", "problem", "answer", 30, "CC-BY-NC-SA-4.0", note="February 2024")],
     "hle": [Source("cais/hle", "test", "question", "answer", 2500, "MIT; do not republish the rows",
                    keep={"image": "", "category": "Math"}, note="gated: accept the terms on the hub page, then "
                    "`huggingface-cli login`; text-only rows of the Math category")],
