@@ -388,10 +388,11 @@ def prepare_environment(verbose: bool) -> None:
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
              "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore", "GLOG_minloglevel": "2"}  # fmt: skip
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     fast = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: no pickling, no second process
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) or "auto",  # all cores; one would be kept free (135 -> 233 tok/s)
-        "VLLM_CPU_KVCACHE_SPACE": "4",  # GiB, taken when touched
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token: 4 hold 64 traces of 1,400 tokens
         "VLLM_NO_USAGE_STATS": "1",
     }
     for key, value in {**(quiet if not verbose else {}), **fast}.items():
