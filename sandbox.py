@@ -25,7 +25,8 @@ Not covered: a snippet can lie about its own trace's outputs; it can use one cor
 the memory it is given; it can read what the zygote's process holds (the libraries, no secret of the
 caller); side channels such as timing; kernel bugs. With `--sandbox limits-only` there is no seccomp: a
 snippet that means harm then has Landlock and the uid against it, and, as uid 0 or on old kernels, little.
-Same trace, same outputs, except for clocks (`datetime.now`), addresses (`id`, default reprs) and timeouts.
+Same trace, same outputs, except for clocks (`datetime.now`), addresses (`id`, default reprs), timeouts and
+generators made without a seed (`random.Random()`). Linux only. The aarch64 table is written but was never run.
 
     python sandbox.py 'print(2**100)'     run a snippet            python sandbox.py -    the same, from stdin
     python sandbox.py --check             which layers this host gives
@@ -902,6 +903,7 @@ def resident(pid):
 
 def main():
     parser = argparse.ArgumentParser(description="Run a snippet of untrusted Python.")
+    parser.error = lambda message: parser.exit(2, f"sandbox.py: {message} (--help lists the flags)\n")
     parser.add_argument("code", nargs="?", help="the snippet, or - for standard input")
     parser.add_argument("--check", action="store_true", help="print which layers this host gives")
     parser.add_argument("--sandbox", choices=("auto", "limits-only"), default="auto", help="limits-only: go on without seccomp")

@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]   # this file's own name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sandbox import Sandbox
+from sandbox import Sandbox  # noqa: E402
 
 SNIPPETS = {
     "1+1": "1 + 1",
@@ -95,7 +95,7 @@ def throughput(workers, sessions, snippets, code="1 + 1"):
     """Snippets per second with that many open sessions, all asking at once, each with its own turn."""
     with Sandbox(workers=workers) as box:
         box.wait_ready()
-        group, done = [box.session() for _ in range(sessions)], 0
+        group, done, rates = [box.session() for _ in range(sessions)], 0, []
         for opened in (True, False):                          # once to open them all, then timed
             started, rounds, done = time.perf_counter(), 1 if opened else max(1, snippets // sessions), 0
             left = {session: rounds for session in group}
@@ -108,8 +108,8 @@ def throughput(workers, sessions, snippets, code="1 + 1"):
                     if left[session]:
                         session.submit(code)
             seconds = time.perf_counter() - started
-            rate = (rate, done / seconds) if not opened else done / seconds
-        return rate
+            rates.append(done / seconds)
+        return rates[0], rates[1]
 
 
 def main():
@@ -125,15 +125,15 @@ def main():
     print("milliseconds: median and 99th percentile\n" + " " * 34 + " ".join(f"{name:>19}" for name in SNIPPETS))
     for code in codes:
         in_process(code)
-    floor = row("(c) exec in this process", [times(lambda: in_process(code), many // 5) for code in codes])
+    floor = row("(c) exec in this process", [times(lambda code=code: in_process(code), many // 5) for code in codes])
     with Sandbox() as box:
         box.wait_ready()
         session = box.session()
         session.run("1")
-        warm = row("ours, warm session", [times(lambda: session.run(code), many) for code in codes])
-        new = row("ours, first snippet of a session", [times(lambda: first(box, code), many // 4) for code in codes])
+        warm = row("ours, warm session", [times(lambda code=code: session.run(code), many) for code in codes])
+        new = row("ours, first snippet of a session", [times(lambda code=code: first(box, code), many // 4) for code in codes])
     plain = row("(a) python -c", [
-        times(lambda: subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True), few) for code in codes])
+        times(lambda code=code: subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True), few) for code in codes])
     done = subprocess.run([options.smolagents_python, "-c", PUBLISHED, repr(codes), str(few)], capture_output=True, text=True)  # (b)
     if done.returncode:
         print("(b) left out:", done.stderr.strip().splitlines()[-1], f"({options.smolagents_python})")

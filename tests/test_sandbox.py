@@ -6,7 +6,6 @@ kernel's layers alone, and with seccomp alone; those marked for Landlock with La
 damage is what `World.damage` can see from outside, or `ESCAPED` printed by an attack whose gain is only visible inside.
 """
 
-import gc
 import os
 import resource
 import secrets
@@ -24,7 +23,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sandbox
-from sandbox import Result, Sandbox, SandboxError
+from sandbox import Sandbox, SandboxError
 
 ROOT = os.geteuid() == 0
 X86 = os.uname().machine == "x86_64"
@@ -613,7 +612,8 @@ def test_a_forged_reply_hurts_only_its_own_trace(box):
                          "random._os.write(3, f.f_locals['name'] + b' ok')\nwhile True: pass")
     assert result.status == "ok"
     pid = session.process.pid
-    used = lambda: sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+    def used():
+        return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
     time.sleep(0.1)
     before = used()
     time.sleep(0.5)
@@ -784,7 +784,8 @@ def test_import_is_light():
 def test_no_seccomp_refuses_unless_told():
     """In truth, on a host that calls itself i686: no table for it."""
     import ctypes
-    pretend = lambda: ctypes.CDLL(None).personality(8)
+    def pretend():
+        return ctypes.CDLL(None).personality(8)
     for args, status, text in ((["6 * 7"], 1, "no system call table for i686; to go on at your own risk: --sandbox limits-only"),
                                (["--sandbox", "limits-only", "6 * 7"], 0, "without seccomp")):
         done = subprocess.run([sys.executable, sandbox.__file__, *args], preexec_fn=pretend, capture_output=True, text=True)
@@ -826,7 +827,7 @@ def test_same_trace_same_outputs(box):
     runs = []
     for kill in (False, True):
         session, outputs = box.session(), []
-        for i, code in enumerate(TRACE):
+        for _i, code in enumerate(TRACE):
             if kill:
                 session.process and os.kill(session.process.pid, signal.SIGKILL)
                 time.sleep(0.05)

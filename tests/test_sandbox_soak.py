@@ -1,6 +1,6 @@
 """10,000 snippets over 500 sessions, one in twenty hostile: every benign one right, nothing left over.
 
-Runs only with SLOW=1 in the environment (some minutes):  SLOW=1 python -m pytest -s tests/test_sandbox_soak.py
+Less than a minute on two idle cores; part of `make test-all`, or:  python -m pytest -s tests/test_sandbox_soak.py
 """
 
 import os
@@ -37,9 +37,9 @@ def usage():
     return len(os.listdir("/proc/self/fd")), mine, rss, zombies
 
 
-@pytest.mark.skipif(not os.environ.get("SLOW"), reason="SLOW=1 runs it (some minutes)")
+@pytest.mark.slow
 def test_soak():
-    rng, wrong, hostile, done, refused = random.Random(1), [], 0, 0, 0
+    rng, wrong, hostile, done, _refused = random.Random(1), [], 0, 0, 0
     with Sandbox() as box:
         box.wait_ready()
         warm = box.session()
@@ -47,9 +47,9 @@ def test_soak():
         warm.close()
         time.sleep(0.2)
         before, started = usage(), time.monotonic()
-        for generation in range(10):                          # of 50 sessions with 20 snippets each
+        for _generation in range(10):                          # of 50 sessions with 20 snippets each
             sessions = {box.session(): 0 for _ in range(SESSIONS // 10)}
-            for step in range(SNIPPETS // SESSIONS):
+            for _step in range(SNIPPETS // SESSIONS):
                 expected = {}
                 for session in sessions:
                     if rng.random() < 0.05:
