@@ -474,7 +474,7 @@ def try_out(config):
     children = {}
     _, pidfd = fork_session(dict(config, testing=True), theirs.fileno(), theirs.fileno(), children)
     theirs.close()
-    ours.settimeout(20)
+    ours.settimeout(60)
     said = ours.recv(1 << 16)
     bury(pidfd, children)
     if not said:
@@ -653,7 +653,7 @@ class Sandbox:
             if self._drain(session) and session.job.deadline <= now:           # comes: a flood of small pieces costs us nothing
                 self._stop(session, "timeout")
         if not (self.up or self.broken) and now > self.patience:
-            self._break("the sandbox's libraries took more than 120 s to load")
+            self._break("the sandbox's libraries took more than 300 s to load")
         self._dispatch()
 
     def _on_wake(self):
@@ -813,7 +813,7 @@ class Sandbox:
             [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__), "--zygote", json.dumps(config)], cwd="/", env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
-        self.control, self.patience = ours, time.monotonic() + 120
+        self.control, self.patience = ours, time.monotonic() + 300
         self.selector.register(ours, selectors.EVENT_READ, self._on_zygote)
 
     def _on_zygote(self):
