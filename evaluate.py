@@ -65,7 +65,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in [
     (r"\\\\(?:\[[\d.]*(?:pt|em|ex|mm|cm)\])?", " ¶ "),  # the end of a row
     (r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\\[,!]|,\\!)\s*(?=\d{3}(?!\d))", ","),  # 14{,}916  32,\!349  10\,000
     (r"\\!\s*|\\(?:displaystyle|textstyle|limits|nolimits|hfill|left(?![a-z])|right(?![a-z])|[bB]igg?[lrm]?(?![a-z]))\.?", ""),
-    (r"\\\$|(?<!\\)\$|\\[()](?!\w)", ""),
+    (r"(?<!\\)\$|\\[()](?!\w)", ""), (r"\\\$\s*", "$"),  # an amount keeps its dollar: it is a unit
     (r"\\[,;:> ]|\\q?quad\b|~|\\thinspace|[\s\u00a0\u2009\u202f]+", " "),
     (FONTS, r"\\text"),
     (r"\\text\s*\{\s*([A-Za-z])\s*\}(?!\^)", r" \1"),  # one letter is a symbol: \mathrm{e}
@@ -261,8 +261,6 @@ def same(gold: str, answer: str, depth: int = 0) -> bool:
         p, q = number(g.replace(",", ".")), number(a.replace(",", "."))
         if p and q and "." in g + a:
             return same_number(p, q)
-    if re.search(r"\\\$", gold + answer) and re.search(r"\bcents?\b", gold + answer):
-        return False
     for special in (same_percent, same_clock_base_or_choice, same_with_units):
         verdict = special(g, a, depth)
         if verdict is not None:
@@ -278,6 +276,8 @@ def same_percent(g: str, a: str, depth: int) -> bool | None:
     if g.endswith("%") and a.endswith("%"):
         return same(p, q, depth + 1)
     value, plain = (p, a) if g.endswith("%") else (q, g)
+    if split_unit(plain)[1] or split_unit(plain)[0] != plain:
+        return False
     ratio = number(plain) if plain is g else None
     as_is = not (ratio and 0 < ratio[0] < 1) and same(p, q, depth + 1)
     return as_is or same(plain, rf"\frac{{{value}}}{{100}}" if not number(value) else str(number(value)[0] / 100), depth + 1)
@@ -320,6 +320,8 @@ def same_with_units(g: str, a: str, depth: int) -> bool | None:
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """(value, known unit or None). `3 million` becomes a number, because there the word is part of the value."""
+    if m := re.fullmatch(r"(-?)\$(.*\d.*)|(.*\d)\$", text):
+        return (m[1] or "") + (m[2] or m[3]).strip(), "dollar"
     if re.fullmatch(r"[^°]*[\d})]\s*°", text) and not re.search(r"\\(?!frac|sqrt|pi)[a-z]{2}", text):
         return text.rstrip("° "), "°"
     m = TEXT_UNIT.fullmatch(text)
@@ -364,9 +366,10 @@ def same_pieces(g: str, a: str, depth: int) -> bool:
         if len(p[1]) == 2 and len(q[1]) == 2 and p[0] + p[2] != q[0] + q[2]:
             return False
         return len(p[1]) == len(q[1]) and all(same(s, t, depth + 1) for s, t in zip(p[1], q[1]))
-    if ":" in g and len(split_top(g, ":")) == len(split_top(a, ":")):
-        r, s = split_top(g, ":"), split_top(a, ":")
+    r, s = split_top(g, ":"), split_top(a, ":")
+    if len(r) == len(s) > 1:  # a ratio
         return all(same(f"({x})({s[0]})", f"({y})({r[0]})", depth + 1) for x, y in zip(r[1:], s[1:]))
+    r, s = relation(g), relation(a)
     if r and s:
         return same_relation(r, s) or same_scalar(g, a)
     return same_scalar(g, a)
