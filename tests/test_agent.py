@@ -610,6 +610,17 @@ def test_a_slow_snippet_delays_nobody(tok):
     assert max(steps for q, steps in order[:-1]) <= alone + 2  # not one step longer than with nobody else there
 
 
+def test_an_output_that_is_back_waits_for_nobody(tok):
+    """The trace goes on at once, while another is in the middle of its request: no rounds."""
+    scripts = {"long": "word " * 200, "short": CALL + "\n\\boxed{42}"}
+    engine = FakeEngine(tok, AGENT_PROMPT, {q: sampled_ids(tok, s) for q, s in scripts.items()}, 4096)
+    jobs = [(Problem(problem_id(q), q, None), 0) for q in scripts]
+    first = next(rollout := Agent(engine, tok, FakeBox(delay=3), Settings(AGENT_PROMPT), 4096).rollout(jobs))
+    assert first.problem.question == "short" and first.answer == "42" and len(engine.active) == 1
+    assert engine.steps == first.sampled + 3  # its own tokens, and the three steps of the other for which its snippet was away
+    rollout.close()
+
+
 def test_out_of_order_returns(tok):
     delays = {f"n = {i}": (37 * i) % 11 for i in range(30)}
     scripts = {f"p{i}": f"<tool_call>\nn = {i}\n</tool_call>\n\\boxed{{{i}}}" for i in range(30)}
