@@ -65,7 +65,7 @@ TIDY = [(re.compile(pattern), new) for pattern, new in [
     (r"\\\\(?:\[[\d.]*(?:pt|em|ex|mm|cm)\])?", " ¶ "),  # the end of a row
     (r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\\[,!]|,\\!)\s*(?=\d{3}(?!\d))", ","),  # 14{,}916  32,\!349  10\,000
     (r"\\!\s*|\\(?:displaystyle|textstyle|limits|nolimits|hfill|left(?![a-z])|right(?![a-z])|[bB]igg?[lrm]?(?![a-z]))\.?", ""),
-    (r"(?<!\\)\$|\\[()](?!\w)", ""), (r"\\\$\s*", "$"),  # an amount keeps its dollar: it is a unit
+    (r"(?<!\\)\$|\\[()](?!\w)", ""), (r"\\\$\s*", "¤"),  # an amount keeps its dollar: it is a unit
     (r"\\[,;:> ]|\\q?quad\b|~|\\thinspace|[\s\u00a0\u2009\u202f]+", " "),
     (FONTS, r"\\text"),
     (r"\\text\s*\{\s*([A-Za-z])\s*\}(?!\^)", r" \1"),  # one letter is a symbol: \mathrm{e}
@@ -153,7 +153,7 @@ def number(text: str) -> tuple[Fraction, int | None] | None:
         return None
     if m := re.fullmatch(rf"({NUMBER})(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(\{{[+-]?\d+\}}|\([+-]?\d+\)|[+-]?\d+)|[eE]([+-]?\d+))?", body):
         digits, power = m[1].replace(",", "").replace(" ", ""), int((m[2] or m[3] or "0").strip("{}()"))
-        if abs(power) > 5000:
+        if abs(power) > 1000:
             return None
         value = sign * Fraction(digits if digits != "." else "0") * Fraction(10) ** power
         exact = "." not in digits or (value.denominator == 1 and not digits.partition(".")[2].strip("0"))
@@ -191,7 +191,9 @@ def same_rounding(exact, rounded: Fraction, digits: int) -> bool:
     """Whether a decimal is `exact` rounded to, or cut at, its `digits` significant digits, which are six or more."""
     if not rounded or digits < 6:
         return False
-    unit = Fraction(10) ** (math.floor(math.log10(abs(rounded))) + 1 - digits)
+    size = abs(rounded)
+    power = len(str(size.numerator)) - len(str(size.denominator))  # floor(log10(size)) or one more
+    unit = Fraction(10) ** (power + (Fraction(10) ** power <= size) - digits)
     return abs(exact - rounded) <= unit / 2 or (abs(exact) > abs(rounded) and abs(exact - rounded) < unit)
 
 
@@ -280,7 +282,8 @@ def same_percent(g: str, a: str, depth: int) -> bool | None:
         return False
     ratio = number(plain) if plain is g else None
     as_is = not (ratio and 0 < ratio[0] < 1) and same(p, q, depth + 1)
-    return as_is or same(plain, rf"\frac{{{value}}}{{100}}" if not number(value) else str(number(value)[0] / 100), depth + 1)
+    exact = number(value)
+    return as_is or same(plain, str(exact[0] / 100) if exact else rf"\frac{{{value}}}{{100}}", depth + 1)
 
 
 def same_clock_base_or_choice(g: str, a: str, depth: int) -> bool | None:
@@ -320,7 +323,7 @@ def same_with_units(g: str, a: str, depth: int) -> bool | None:
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """(value, known unit or None). `3 million` becomes a number, because there the word is part of the value."""
-    if m := re.fullmatch(r"(-?)\$(.*\d.*)|(.*\d)\$", text):
+    if m := re.fullmatch(r"(-?)¤(.*\d.*)|(.*\d)¤", text):
         return (m[1] or "") + (m[2] or m[3]).strip(), "dollar"
     if re.fullmatch(r"[^°]*[\d})]\s*°", text) and not re.search(r"\\(?!frac|sqrt|pi)[a-z]{2}", text):
         return text.rstrip("° "), "°"
@@ -328,14 +331,17 @@ def split_unit(text: str) -> tuple[str, str | None]:
     if not m:
         return text, None
     value, words = m[1].strip(), re.findall(r"[a-z]+", (m[2] or m[3] or "").lower())
-    if not words or len(words) > 5 or NOT_UNITS & set(words) or not re.search(r"\d|\\pi|\\sqrt", value) or len(split_top(value, ",;<>")) > 1:
+    is_value = re.search(r"\d|\\pi|\\sqrt", value) and len(split_top(value, ",;<>")) == 1
+    if not is_value or not 0 < len(words) <= 5 or NOT_UNITS & set(words):
         return text, None
-    if m[3] and (re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)) or not (text[len(m[1])] == " " and len(words[0]) > 2 or words[0] in UNITS and len(words[0]) > 1 or len(words[0]) > 3)):
-        return text, None  # letters right behind a number are variables, unless they spell a unit
+    if m[3]:  # bare letters behind a number are variables, unless they spell a unit or are long words
+        spelled = (words[0] in UNITS and len(words[0]) > 1) or len(words[0]) > (2 if text[len(m[1])] == " " else 3)
+        if not spelled or re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)):
+            return text, None
     if words[0] in SCALES:
-        return rf"{SCALES[words[0]]} \cdot ({value})" if not number(value) else str(number(value)[0] * SCALES[words[0]]), None
-    known = [UNITS[w] for w in words if w in UNITS]
-    return value, known[0] if known else None
+        exact = number(value)
+        return str(exact[0] * SCALES[words[0]]) if exact else rf"{SCALES[words[0]]} \cdot ({value})", None
+    return value, next((UNITS[w] for w in words if w in UNITS), None)
 
 
 def same_text(g: str, a: str) -> bool:
@@ -407,6 +413,8 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
         if all(a_names) and len(as_) == len(gs):
             pairs = dict(zip(map(squeeze, a_names), av))
             return all(squeeze(k) in pairs and same(v, pairs[squeeze(k)], depth + 1) for k, v in zip(g_names, gv))
+        if set(filter(None, a_names)) - set(g_names) - {unname(a)[0]}:
+            return False
         if (b := bracketed(unname(a)[1])) and len(as_) == 1:
             av = b[1]
         return len(gv) == len(av) and all(same(p, q, depth + 1) for p, q in zip(gv, av))
@@ -420,10 +428,13 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
         b = bracketed(unname(other)[1])
         if b and len(bare) == len(b[1]) > 1 and (b[0] == "(" or len(bare) > 2) and not (g.startswith("\\{") or a.startswith("\\{")):
             return all(same(p, q, depth + 1) for p, q in zip(bare, b[1]))
-    if number(g) and number(a) or "∪" not in g + a and not re.search(r"[<>]|\\[lg]e", g + a):
+    if not re.search(r"∪|[<>]|\\[lg]e", g + a):
         return False
-    pieces = [[interval(p) and interval(p)[3] or p for p in (part if len(part) > 1 else split_top(unname(whole)[1], "∪"))] for part, whole in ((gs, g), (as_, a))]
-    return unordered(*pieces, depth)
+    def parts(text, members):  # x < 2, x > 3 as the intervals of a union
+        pieces = members if len(members) > 1 else split_top(unname(text)[1], "∪")
+        return [i[3] if (i := interval(p)) else p for p in pieces]
+
+    return unordered(parts(g, gs), parts(a, as_), depth)
 
 
 def unordered(gs: list[str], as_: list[str], depth: int) -> bool:
@@ -549,7 +560,7 @@ def same_scalar(g: str, a: str) -> bool:
         return same_text(g, a)
     try:
         x, y = parse(g), parse(a)
-    except RecursionError:
+    except (RecursionError, MemoryError):
         raise
     except Exception:  # the parser raises bare Exceptions: not a formula
         return False
@@ -614,7 +625,7 @@ def same_relation(g: tuple[str, str], a: tuple[str, str]) -> bool:
                 ratios.append(u / v)
         close = len(ratios) >= 4 and all(abs(r - ratios[0]) < abs(ratios[0]) * sympy.Float("1e-18", 30) for r in ratios)
         return bool(close and (g[0] in ("=", "\\ne") or ratios[0] > 0))
-    except RecursionError:
+    except (RecursionError, MemoryError):
         raise
     except Exception:
         return False
@@ -646,12 +657,14 @@ class Grader:
         for _ in range(workers):
             self.workers.put(None)  # started when the first pair needs one
         self.processes: set[subprocess.Popen] = set()
+        self.closed = False
         self.cache = open_cache(cache, self.known) if cache else None
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
+        self.closed = True
         self.pool.shutdown(wait=False, cancel_futures=True)
         with self.lock:
             for process in self.processes:
@@ -667,7 +680,9 @@ class Grader:
             if answer is None:
                 verdict = Verdict(False, "none")
             else:
-                equal = quick(gold, answer)
+                equal = None
+                with contextlib.suppress(ValueError, ArithmeticError):  # nothing that a model writes may end a run
+                    equal = quick(gold, answer)
                 verdict = Verdict(equal, "ok") if equal is not None else None
             self.known[key] = Future() if verdict else self.pool.submit(self._ask, gold, answer)
             if verdict:
@@ -686,14 +701,14 @@ class Grader:
 
     def _ask(self, gold: str, answer: str) -> Verdict:
         """Send one pair to an idle worker and wait; a worker that dies or is late is replaced."""
-        worker, status = self.workers.get(), "crashed"
+        worker, status, lasting = self.workers.get(), "crashed", True
         try:
             worker = worker or self._start()
             reply = b""
             with contextlib.suppress(OSError):  # the worker may be gone
                 worker.stdin.write(json.dumps([gold, answer]).encode() + b"\n")
                 worker.stdin.flush()
-                if select.select([worker.stdout], [], [], 15 * self.seconds)[0]:
+                if select.select([worker.stdout], [], [], 30 * self.seconds)[0]:
                     reply = worker.stdout.readline()
                 else:
                     status = "timeout"
@@ -701,14 +716,15 @@ class Grader:
                 verdict = Verdict(*json.loads(reply))
             else:
                 worker.kill()
-                status = "timeout" if worker.wait() == -signal.SIGPROF else status
+                lasting = worker.wait() == -signal.SIGPROF  # a crash or a stalled machine may pass: ask again next time
+                status = "timeout" if lasting else status
                 verdict = Verdict(False, status)
                 with self.lock:
                     self.processes.discard(worker)
                 worker = None
         finally:
             self.workers.put(worker)
-        if self.cache:
+        if self.cache and lasting and not self.closed:
             with self.lock:
                 self.cache.write(json.dumps([gold, answer, *verdict]) + "\n")
                 self.cache.flush()
@@ -845,7 +861,9 @@ def first_box_tokens(trace: Trace, tokenizer) -> int | None:
     for kind, length in trace.spans:
         piece = trace.text[at : at + length]
         if kind == "model" and extract_answer(piece):
-            cut = next(i for i in range(len(piece) + 1) if piece[i - 1 : i] == "}" and extract_answer(piece[:i]))
+            start = piece.index("box")
+            start = piece.rindex("\\", 0, start)
+            cut = next(m.end() for m in re.compile("}").finditer(piece, start) if extract_answer(piece[start : m.end()]))
             seen = trace.text[: at + cut]
             break
         at += length
@@ -1171,7 +1189,7 @@ class Meter:
             self.pending.append(verdict)
         for _ in range(len(self.pending)):
             future = self.pending.popleft()
-            if future.done() and not future.cancelled():
+            if future.done():
                 self.graded, self.right = self.graded + 1, self.right + future.result().equal
             else:
                 self.pending.append(future)

@@ -345,9 +345,9 @@ def test_killed_anywhere_it_ends_like_the_unbroken_run(tmp_path, finished):
     whole, printed = finished
     out, rng, kills = tmp_path / "run", random.Random(4), 0
     while True:
-        process = subprocess.Popen([*scripted(tmp_path, 0.01), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen([*scripted(tmp_path, 0.03), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         try:
-            text, _ = process.communicate(timeout=rng.uniform(0.3, 1.0) if kills < 5 else 60)
+            text, _ = process.communicate(timeout=rng.uniform(0.45, 0.9) if kills < 4 else 60)
             break
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -355,10 +355,10 @@ def test_killed_anywhere_it_ends_like_the_unbroken_run(tmp_path, finished):
             kills += 1
             if kills == 2 and (out / "traces.jsonl").exists():  # and one torn in the middle of a line
                 os.truncate(out / "traces.jsonl", max(0, (out / "traces.jsonl").stat().st_size - 7))
-    assert kills == 5 and process.returncode == 0
+    assert kills == 4 and process.returncode == 0
     lines = (out / "traces.jsonl").read_text().splitlines()
     assert len(lines) == 120 and rows_of(out) == rows_of(whole)  # every (problem, sample) exactly once, and the same
-    assert text == printed.replace("| run |", "| run |")
+    assert text == printed
 
 
 def test_a_torn_line_is_cut_off_and_sampled_again(tmp_path, finished):
