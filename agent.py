@@ -427,7 +427,8 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
         rank = adapter_config(lora)["r"]
         options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)}
     if cuda:
-        options |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization}
+        options |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization,
+                    "enable_sleep_mode": getattr(args, "sleep", False)}  # grpo.py's: the trainer shares the card  # fmt: skip
     else:
         # A per-request seed crashes the CPU build when a prompt's prefill is cut into chunks, so none is cut.
         # float32: as fast as bfloat16 for a small model, 5 times faster on a CPU without bfloat16 instructions, and exact:

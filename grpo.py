@@ -85,6 +85,8 @@ PRESETS = {
               "save_every": 20, "gpu_memory_utilization": 0.5},
 }  # fmt: skip
 
+EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # what the embedded model is a 4-bit copy of
+
 # A reward is a function (trace, verdict on its answer) -> float; a new one is a new line here.
 REWARDS = {
     "accuracy": lambda trace, verdict: float(verdict.equal),
@@ -360,7 +362,7 @@ def save_adapter(model, folder: Path, dtype=None) -> None:
     config = copy.copy(model.peft_config["default"])
     config.inference_mode, config.target_modules = True, sorted(config.target_modules)
     if Path(str(config.base_model_name_or_path)) == embedded_folder():  # a cache folder's path means nothing elsewhere
-        config.base_model_name_or_path = "HuggingFaceTB/SmolLM2-135M-Instruct"
+        config.base_model_name_or_path = EMBEDDED_HUB
     config.save_pretrained(work)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
@@ -378,7 +380,7 @@ def sync(agent, model, out: Path, step: int) -> None:
     save_adapter(model, folder)
     if agent.lora:
         agent.engine.remove_lora(agent.lora.lora_int_id)
-    agent.lora = LoRARequest(f"step-{step}", step + 1000, str(folder.resolve()))
+    agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder.resolve()))
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()
     for old in set(folder.parent.iterdir()) - {folder}:
@@ -456,6 +458,8 @@ def merge(run: Path, model: str | None) -> None:
     """Fold a run's (or a bare folder's) adapter into its base and write RUN/merged, a plain Hugging Face model."""
     adapter = run / "adapter" if (run / "adapter").is_dir() else run
     config = adapter_config(str(adapter))
+    if config["base_model_name_or_path"] == EMBEDDED_HUB:
+        model = model or "embedded"
     with contextlib.suppress(OSError, ValueError, KeyError):
         model = model or json.loads((run / "config.json").read_text())["flags"]["model"]
     base, _ = resolve_model(model or config["base_model_name_or_path"], str(adapter))
@@ -474,7 +478,7 @@ def merge(run: Path, model: str | None) -> None:
 
 def parse_flags(argv: list[str]):
     """Flags over the preset's values (or, with --resume, over those that the run was started with)."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = Parser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", default="paper" if has_cuda() else "mini")
     first.add_argument("--out", type=Path, default=Path("runs/grpo"))
     first.add_argument("--resume", action="store_true")
@@ -585,6 +589,8 @@ def check_flags(args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if args.warmup > 1 or args.epsilon_low > 1 or args.lora_rank > 512:
         raise UserError("--warmup and --epsilon-low are at most 1, --lora-rank at most 512")
+    if args.lora not in (None, "none"):
+        adapter_config(args.lora)
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb: the package is not installed: pip install wandb")
     if args.dataset == "arithmetic" and args.split is None:
@@ -622,7 +628,10 @@ def main() -> int:
         go_offline_without_hub()
     folder, adapter = resolve_model(args.model, args.lora)
     config_file = Path(folder) / "config.json"
-    context = json.loads(config_file.read_text()).get("max_position_embeddings") if config_file.is_file() else context_length(folder)
+    try:  # a local folder without a library's help: this should end before anything heavy is loaded
+        context = json.loads(config_file.read_text()).get("max_position_embeddings") if config_file.is_file() else context_length(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {folder!r} cannot be had ({(str(error).strip() or '?').splitlines()[0][:120]})") from None
     if context and args.max_tokens >= context:
         raise UserError(f"--max-tokens {args.max_tokens}: the model's context is {context} tokens, prompt included")
     with contextlib.ExitStack() as stack:
@@ -638,6 +647,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     # ---- model, optimiser, engine
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; half of what agent.py takes: the trainer needs room too
     prepare_environment(args.verbose)
     import torch
 

@@ -415,7 +415,7 @@ class ScriptedAgent:
         mark = round(sum(w.double().abs().sum().item() for w in weights.values()), 3)
         for problem, sample in jobs:
             rng = random.Random(f"{self.settings.seed}/{self.settings.temperature:.6f}/{problem.id}/{sample}/{mark}")
-            t = trace(rng, [1, 2, 3, 4, 5 + len(problem.question)], rng.randint(4, 12), inserted=(2,), sample=sample)
+            t = trace(rng, [1, 2, 3, 4, 5 + len(problem.question) % 50], rng.randint(4, 12), inserted=(2,), sample=sample)
             t.problem, t.text = problem, "text"
             t.answer = problem.answer if rng.random() < 0.5 else "-1"
             t.calls = [("print(1)", Result("ok", "1", 0.0))] if rng.random() < 0.5 else []
@@ -485,7 +485,7 @@ def test_a_run_leaves_what_it_promises(unbroken, tiny_folder):
     assert [r["step"] for r in rows] == [*range(1, 8)] and set(named) <= set(rows[0])
     full = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[0])
     assert {"seconds_rollout", "seconds_score", "seconds_train", "memory_gib"} <= set(full)
-    assert all(r["length_total"] == r["length"] + 1 for r in rows) and len({r["accuracy"] for r in rows}) > 1
+    assert all(close(r["length_total"], r["length"] + 1) for r in rows) and len({r["accuracy"] for r in rows}) > 1
     samples = [json.loads(line) for line in (unbroken / "samples.jsonl").read_text().splitlines()]
     assert [s["step"] for s in samples] == [s for s in range(1, 8) for _ in range(3)]
     assert sorted(p.name for p in (unbroken / "checkpoints").iterdir()) == ["step-000006", "step-000007"]
@@ -498,8 +498,8 @@ def test_a_run_leaves_what_it_promises(unbroken, tiny_folder):
     tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tiny_folder), unbroken / "adapter")
     ids = torch.arange(30)[None]
     with tuned.disable_adapter():
-        assert not torch.allclose(tuned(ids).logits, base_logits := tuned(ids).logits) or base_logits is not None
-    assert (tuned(ids).logits - base_logits).abs().max() > 1e-3
+        base = tuned(ids).logits
+    assert (tuned(ids).logits - base).abs().max() > 1e-3
 
 
 def test_ctrl_c_finishes_the_step_and_resume_gives_the_unbroken_run(unbroken, tiny_folder, tmp_path, capsys):
@@ -528,7 +528,7 @@ def test_a_second_ctrl_c_aborts(tiny_folder, tmp_path):
 def test_kill_9_then_resume_gives_the_unbroken_run(unbroken, tiny_folder, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, __file__, "--out", str(out), *start(tiny_folder)]
-    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "SLOWLY": "0.05"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "SLOWLY": "0.2"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     end = time.monotonic() + 240
     while not ((out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= 5):
         assert process.poll() is None and time.monotonic() < end, process.stdout.read().decode()
@@ -562,7 +562,7 @@ def test_a_step_without_gradient_and_a_nan_are_reported(tiny_folder, tmp_path, c
     def equal_then_nan(agent, trace):
         if agent.steps == 1:
             trace.answer, trace.calls = "-1", []
-        elif trace.sample == 0:
+        else:
             trace.logprobs = [math.nan] * len(trace.logprobs)
 
     out = tmp_path / "run"
@@ -571,8 +571,7 @@ def test_a_step_without_gradient_and_a_nan_are_reported(tiny_folder, tmp_path, c
     assert "no gradient in this step" in said
     first, second = metrics(out)
     assert first["flat_groups"] == 3 and "loss" not in first
-    if second["flat_groups"] < 3 and second["loss"] is None:
-        assert "not a finite number" in said
+    assert second["flat_groups"] < 3 and second["loss"] is None and "not a finite number" in said
     weights = [load_file(p / "adapter" / "adapter_model.safetensors") for p in grpo.checkpoints(out)]
     assert all((weights[0][k] == weights[1][k]).all() for k in weights[0])  # nothing moved
 
@@ -617,7 +616,7 @@ BAD_FLAGS = {
     "--reward-weights code": "needs a number", "--reward-weights code=x": "needs a number", "--reward-weights style=1": "unknown reward 'style'",
     "--reward-weights code=0": "must differ from 0", "--top-p 0.8": "biases the ratio", "--top-k 50": "biases the ratio",
     "--problems 9 --limit 8": "has only 8", "--preset huge": "give mini or paper", "--loss ppo": "invalid choice", "--temperature-end 0": "above 0",
-    "--resume": "no run in", "--lora nowhere": "not a PEFT adapter folder", "--model nowhere/nothing-here": "cannot be", "--few-shot nowhere.txt": "no such file",
+    "--resume": "no run in", "--lora nowhere": "not a PEFT adapter folder", "--few-shot nowhere.txt": "no such file",
 }  # fmt: skip
 
 
@@ -625,9 +624,9 @@ def test_bad_flags_end_in_one_line_before_anything_heavy_is_loaded(tmp_path):
     program = """if True:
         import io, json, sys, contextlib
         import grpo, data
-        rows = {}
+        rows, out = {}, sys.argv[2]
         for bad in json.loads(sys.argv[1]):
-            sys.argv = ["grpo.py", "--preset", "mini", "--out", sys.argv[2] if False else OUT, *bad.split()]
+            sys.argv = ["grpo.py", "--preset", "mini", "--out", out, *bad.split()]
             said = io.StringIO()
             with contextlib.redirect_stderr(said):
                 try:
@@ -635,9 +634,8 @@ def test_bad_flags_end_in_one_line_before_anything_heavy_is_loaded(tmp_path):
                 except SystemExit as end:
                     rows[bad] = [end.code, said.getvalue(), "torch" in sys.modules or "transformers" in sys.modules]
         print(json.dumps(rows))"""
-    cases = [bad for bad in BAD_FLAGS if "--model" not in bad]  # an unknown hub id is looked up with the library
-    program = program.replace("sys.argv[2] if False else OUT", repr(str(tmp_path / "out")))
-    done = subprocess.run([sys.executable, "-c", program, json.dumps(cases)], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    cases = list(BAD_FLAGS)
+    done = subprocess.run([sys.executable, "-c", program, json.dumps(cases), str(tmp_path / "out")], capture_output=True, text=True, cwd=ROOT, timeout=120)
     rows = json.loads(done.stdout)
     for bad in cases:
         code, said, heavy = rows[bad]
