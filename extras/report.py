@@ -62,7 +62,7 @@ def plot(runs: list[Run], names: list[str]):
             right.xaxis.set_major_locator(MaxNLocator(integer=True))
             left.set_xlim(left=0)
             left.margins(x=0.15, y=0.15)
-            left.set_ylim(max(0, left.get_ylim()[0]), min(100, left.get_ylim()[1]) + 1)
+            left.set_ylim(max(-2, left.get_ylim()[0]), min(102, left.get_ylim()[1] + 1))  # a point at 0 or 100 stays whole
             left.legend(frameon=False, fontsize=9)
     return figure
 
