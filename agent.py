@@ -417,6 +417,23 @@ def silence(active: bool):
         os.close(null)
 
 
+def plain_lora_products() -> None:
+    """On a CPU, vLLM copies the adapter's matrices once for every token of a batch: minutes for 64 prompts. Here all tokens
+    use one adapter (max_loras=1), so that two matrix products do the same."""
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    def shrink(self, y, x, w, scale):  # x (tokens, in), w (1, 1, r, in) -> y (tokens, r)
+        if not (self.is_prefill and self.no_lora):
+            y[:] = scale * (x.to(y.dtype) @ w.view(w.shape[-2:]).to(y.dtype).T)
+
+    def expand(self, y, x, w, offset, size, add_inputs=True):  # x (tokens, r), w (1, 1, out, r) -> a slice of y (tokens, ...)
+        if not (self.is_prefill and self.no_lora):
+            part, new = y[:, offset : offset + size], x.to(y.dtype) @ w.view(w.shape[-2:]).to(y.dtype).T
+            part.add_(new) if add_inputs else part.copy_(new)
+
+    PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
+
+
 def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
     """A vLLM LLMEngine in this process, and the LoRARequest for it (or None)."""
     from vllm import EngineArgs, LLMEngine
@@ -435,6 +452,8 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
         # vLLM's logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
         options |= {"dtype": "float32", "enforce_eager": True,
                     "enable_chunked_prefill": False, "max_num_batched_tokens": max(max_len, 8192), "block_size": 32}  # fmt: skip
+        if lora:
+            plain_lora_products()
     engine = LLMEngine.from_engine_args(EngineArgs(
         model=model, max_model_len=max_len, max_num_seqs=slots, enable_prefix_caching=True, disable_log_stats=True,
         generation_config="vllm", logprobs_mode="processed_logprobs", seed=0,
@@ -520,6 +539,8 @@ def settings_from(args) -> Settings:
     for name, least in low.items():
         if not math.isfinite(getattr(args, name)) or getattr(args, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+    if args.temperature > 2:
+        raise UserError(f"--temperature must be at most 2, not {args.temperature}")
     for name, most in {"top_p": 1, "gpu_memory_utilization": 1, "snippet_seconds": 3600}.items():
         if not 0 < getattr(args, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}")
@@ -619,7 +640,11 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output and nothing else")
     add_model_flags(parser)
     args = parser.parse_args()
-    problem = sys.stdin.read() if args.problem == "-" else args.problem
+    try:
+        problem = sys.stdin.read() if args.problem == "-" else args.problem
+        (problem or "").encode()
+    except UnicodeError:
+        raise UserError("the problem is not valid UTF-8 text") from None
     if problem is not None and not problem.strip():
         raise UserError("the problem is empty: give one in quotes, or - for standard input")
     if problem is None and args.json:
@@ -641,7 +666,10 @@ def main() -> None:
         if sys.stderr.isatty():
             print("\033[K", file=sys.stderr, end="", flush=True)
         for problem in fixed or (Problem(problem_id(q), q, None) for q in questions(console)):
-            result = solve(agent, problem, args.n, console, args.json)
+            try:
+                result = solve(agent, problem, args.n, console, args.json)
+            except SandboxError as error:
+                raise UserError(str(error)) from None
             if args.json:
                 os.write(out, (json.dumps(result, ensure_ascii=False) + "\n").encode())
 

@@ -70,14 +70,14 @@ from pathlib import Path
 from agent import Trace, add_model_flags, adapter_config, context_length, has_cuda, open_agent, prepare_environment
 from agent import resolve_model, settings_from, trace_seed
 from data import SOURCES, Parser, Problem, UserError, add_data_flags, embedded_model, go_offline_without_hub
-from data import load_from_flags, run_main
+from data import load_from_flags, render_prompt, run_main
 from evaluate import Grader, Verdict
 
 PRESETS = {
     "mini": {"model": "embedded", "dataset": "arithmetic", "steps": 40, "problems": 8, "group": 8, "max_tokens": 256,
              "temperature_start": 1.0, "temperature_end": 0.8, "temperature_steps": 40, "reward_weights": "accuracy=1.0,code=0.1",
              "lr": 3e-4, "lr_schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "lora_rank": 16, "lora_alpha": 32,
-             "rslora": False, "gradient_checkpointing": False, "micro_tokens": 2048, "save_every": 5, "gpu_memory_utilization": 0.4},
+             "rslora": False, "gradient_checkpointing": False, "micro_tokens": 1024, "save_every": 5, "gpu_memory_utilization": 0.4},
     "paper": {"model": "Qwen/Qwen3-4B-Thinking-2507", "dataset": "openmathreasoning", "steps": 1000, "problems": 4, "group": 4,
               "max_tokens": 5000, "temperature_start": 1.2, "temperature_end": 0.7, "temperature_steps": 1000,
               "reward_weights": "code=1.0,accuracy=0.1", "lr": 1e-6, "lr_schedule": "cosine", "warmup": 0.1, "weight_decay": 0.001,
@@ -383,8 +383,21 @@ def sync(agent, model, out: Path, step: int) -> None:
     agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder.resolve()))
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()
+    warm(agent)
     for old in set(folder.parent.iterdir()) - {folder}:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def warm(agent) -> None:
+    """Put the prompts' common prefix (the examples) into the engine's cache, once: prompts that arrive together cannot
+    share what none of them has computed yet."""
+    from vllm import SamplingParams
+
+    prompts = [render_prompt(agent.tokenizer, agent.settings.prompt, question) for question in ("1 + 1?", "What is it?")]
+    if shared := prompts[0][: common_prefix(prompts)]:
+        agent.engine.add_request("warm", {"prompt_token_ids": shared}, SamplingParams(max_tokens=1), lora_request=agent.lora)
+        while agent.engine.has_unfinished_requests():
+            agent.engine.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -647,7 +660,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     # ---- model, optimiser, engine
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB; half of what agent.py takes: the trainer needs room too
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, less than agent.py takes: the trainer needs room too
     prepare_environment(args.verbose)
     import torch
 
