@@ -19,6 +19,7 @@ hundred rows; a list of records is all the machinery it needs.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import importlib.util
@@ -93,7 +94,7 @@ def go_offline_without_hub() -> None:
 
 
 def problem_id(question: str) -> str:
-    return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:12]
+    return hashlib.sha256(" ".join(question.split()).encode("utf-8", "replace")).hexdigest()[:12]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -332,7 +333,7 @@ def load(name: str, *, config: str | None = None, split: str | None = None, ques
     tests = [_condition(w) for w in where]
     if limit is not None and limit < 1:
         raise UserError(f"--limit must be at least 1, not {limit}")
-    enough = limit if not shuffle and limit else None  # with a shuffle the whole set has to be seen first
+    enough = limit if shuffle is None else None  # with a shuffle the whole set has to be seen first
     if name == "arithmetic":
         if (split or "test") not in ("train", "test"):
             raise UserError(f"arithmetic has the splits train and test, not {split!r}")
@@ -377,13 +378,15 @@ def _condition(text: str):
 
     def test(p: Problem) -> bool:
         if key not in p.meta:
-            raise UserError(f"--where {text}: no column {key!r}; this set has: {', '.join(p.meta) or 'none'}")
+            raise UserError(f"--where {text}: no column {key!r}; this set has: {', '.join(map(str, p.meta)) or 'none'}")
         value = p.meta[key]
         number = re.search(r"-?\d+(?:\.\d+)?", str(value))
         if bounds:
             return bool(number) and float(bounds[1]) <= float(number[0]) <= float(bounds[2])
         levels = [part.strip().lower() for part in str(value).split("->")]
-        return want.lower() in levels or (bool(number) and want == number[0])
+        with contextlib.suppress(ValueError):  # difficulty=5 is 5.0, and `Level 5`
+            return float(want) == (float(number[0]) if number else None)
+        return want.lower() in levels
 
     return test
 
@@ -400,7 +403,8 @@ def _problems(rows, where: str, question_key, answer_key, need_answer):
             raise UserError(f"{where}: row {i} has no question column {q or ''}; {columns}; name it with --question-key")
         if need_answer and (a is None or a not in row):
             raise UserError(f"{where}: row {i} has no answer column {a or ''}; {columns}; name it with --answer-key, or use --no-grade")
-        question, answer = str(row[q] or "").strip(), clean_answer(row.get(a)) if a else None
+        question = str(row[q] or "").encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no text
+        answer = clean_answer(row.get(a)) if a else None
         if not question or (need_answer and answer is None):
             raise UserError(f"{where}: row {i} has an empty {'question' if not question else 'answer'}; {columns}")
         yield Problem(problem_id(question), question, answer, {k: v for k, v in row.items() if k not in (q, a)})
@@ -431,7 +435,7 @@ def _file_rows(path: Path):
                 yield from csv.DictReader(f)
         elif path.suffix == ".json":
             rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            lists = [rows] if isinstance(rows, list) else [v for v in rows.values() if isinstance(v, list)]
+            lists = [rows] if isinstance(rows, list) else [v for v in rows.values() if isinstance(v, list)] if isinstance(rows, dict) else []
             if len(lists) != 1:
                 raise UserError(f"{path}: expected a list of rows, or one list under one key")
             yield from lists[0]
@@ -535,7 +539,11 @@ def read_few_shot(choice: str, default_style: str, agent: bool = True) -> Prompt
     if not file.is_file():
         raise UserError(f"--few-shot {choice}: no such file; give turns, system, none, or a file like fewshot.txt")
     examples = []
-    for number, block in enumerate(re.split(r"\n---+\n", file.read_text(encoding="utf-8")), 1):
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--few-shot {file}: cannot be read as UTF-8 text ({error})") from None
+    for number, block in enumerate(re.split(r"\n---+\n", text), 1):
         question, sep, solution = block.strip().removeprefix("Question:").partition("\n\n")
         if not block.strip().startswith("Question:") or not solution.strip():
             raise UserError(f"{file}: example {number} must be `Question: ...`, a blank line, then the solution")
