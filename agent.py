@@ -98,8 +98,8 @@ class Settings:
 # Pure functions on text
 
 
-def boxed(text: str) -> list[str]:
-    """Contents of every complete, brace-matched \\boxed{...} or \\fbox{...} in text, outermost ones, in order."""
+def boxes(text: str) -> list[tuple[str, int]]:
+    """(content, end) of every complete, brace-matched \\boxed{...} or \\fbox{...} in text, outermost ones, in order."""
     closes, open_braces = {}, []  # one pass: a model that loops may open thousands of boxes
     for m in re.finditer(r"\\.|[{}]", text, re.S):  # \{ and \} are characters of a set, not braces
         if m[0] == "{":
@@ -110,14 +110,14 @@ def boxed(text: str) -> list[str]:
     for m in re.finditer(r"\\(?:boxed|fbox)\s*\{", text):
         end = closes.get(m.end() - 1)
         if m.start() >= at and end:
-            found.append(text[m.end() : end].strip())
-            at = end
+            at = end + 1
+            found.append((text[m.end() : end].strip(), at))
     return found
 
 
 def extract_answer(text: str) -> str | None:
     """The last complete, non-empty \\boxed{} of a text, or None."""
-    return next((b for b in reversed(boxed(text)) if b), None)
+    return next((content for content, _ in reversed(boxes(text)) if content), None)
 
 
 def snippet_in(call: str) -> str:

@@ -49,7 +49,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import Trace, add_model_flags, extract_answer, has_cuda, open_agent, settings_from
+from agent import Trace, add_model_flags, boxes, extract_answer, has_cuda, open_agent, settings_from
 from data import Problem, UserError, add_data_flags, load_from_flags, run_main
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -860,10 +860,8 @@ def first_box_tokens(trace: Trace, tokenizer) -> int | None:
     at, seen = 0, ""
     for kind, length in trace.spans:
         piece = trace.text[at : at + length]
-        if kind == "model" and extract_answer(piece):
-            start = piece.index("box")
-            start = piece.rindex("\\", 0, start)
-            cut = next(m.end() for m in re.compile("}").finditer(piece, start) if extract_answer(piece[start : m.end()]))
+        cut = next((end for content, end in boxes(piece) if content), None) if kind == "model" else None
+        if cut:
             seen = trace.text[: at + cut]
             break
         at += length

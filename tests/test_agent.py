@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import agent
 import data
-from agent import OUTPUT_TOKENS, Agent, Settings, boxed, extract_answer, snippet_in, trace_seed
+from agent import OUTPUT_TOKENS, Agent, Settings, boxes, extract_answer, snippet_in, trace_seed
 from data import SPLIT, Problem, Prompt, UserError, disarm, encode, problem_id
 from sandbox import Result, Sandbox
 
@@ -737,7 +737,7 @@ def test_disarm_and_encode_keep_the_text_and_control_nothing(tokenizers_, name):
      ("\\boxe{8}", [])],  # fmt: skip
 )
 def test_boxed(text, want):
-    assert boxed(text) == want
+    assert [content for content, _ in boxes(text)] == want
 
 
 def test_extract_answer():
@@ -748,14 +748,14 @@ def test_extract_answer():
 @settings(deadline=None)
 @given(st.text("ab\\{}", max_size=12), st.text("abc{}\\ ", max_size=12))
 def test_boxed_never_fails_and_finds_what_is_balanced(inner, around):
-    assert isinstance(boxed(around + "\\boxed{" + inner), list)
+    assert isinstance(boxes(around + "\\boxed{" + inner), list)
     if not set(inner) & set("\\{}"):
-        assert boxed(f"x\\boxed{{{inner}}}y") == [inner.strip()]
+        assert boxes(f"x\\boxed{{{inner}}}y") == [(inner.strip(), len(inner) + 9)]
 
 
 def test_boxed_is_not_quadratic_in_a_model_that_loops():
     started = time.monotonic()
-    boxed("\\boxed{" * 3000)
+    boxes("\\boxed{" * 3000)
     assert time.monotonic() - started < 0.5
 
 

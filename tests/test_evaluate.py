@@ -484,7 +484,7 @@ def test_lengths_before_the_box():
         def convert_ids_to_tokens(self, ids):
             return [chr(i) for i in ids]
 
-    prose, output, last = "ab \\boxed{1}", "[\\boxed{2}]", " and \\boxed{3} end"
+    prose, output, last = "2 boxes, {} \\boxed{1}", "[\\boxed{2}]", " and \\boxed{3} end"
     text = prose + output + last
     trace = Trace(None, 0, [], ids=[ord(c) for c in text], mask=[1] * len(prose) + [0] * len(output) + [1] * len(last), text=text,
                   spans=[("model", len(prose)), ("output", len(output)), ("model", len(last))])  # fmt: skip
