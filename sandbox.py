@@ -17,7 +17,7 @@ the caller's secrets, disturb another trace, or hold up the caller. Kernel and C
     3 kernel     rlimits   memory, no new files, no forks (not enforced for uid 0), CPU time
                  uid       root drops to an unused uid of its own, or else every capability
                  landlock  no path may be opened, changed or run; no TCP; no signals out
-                 seccomp   THE WALL: an allow-list of about 35 system calls; no open, socket, clone, exec, kill
+                 seccomp   THE WALL: an allow-list of 34 system calls and three with checked arguments; no open, socket, clone, exec, kill
 
 Covered: files, network, processes, signals, other traces, the caller's environment, memory, wall time,
 output floods, fork and thread bombs, forged or broken replies (they end the session, as `crashed`).
