@@ -441,8 +441,10 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
 
     cuda, options = has_cuda(), {}
     if lora:
-        rank = adapter_config(lora)["r"]
-        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= rank)}
+        config = adapter_config(lora)
+        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= config["r"])}
+        if isinstance(config.get("target_modules"), list):  # else vLLM adapts the output layer too, by zeros: a third of a step
+            options["lora_target_modules"] = config["target_modules"]
     if cuda:
         options |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization,
                     "enable_sleep_mode": getattr(args, "sleep", False)}  # grpo.py's: the trainer shares the card  # fmt: skip

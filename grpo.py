@@ -41,8 +41,8 @@ Differences from the published recipe (preset paper has its numbers), with the r
   9. The warm-up's first learning rate is lr / warm-up steps, not 0: that step would be wasted.
  10. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
 
-Memory and speed: the prompts' common prefix (examples, mostly) runs once per micro-batch with its cache in the graph;
-logits exist for sampled positions only, a chunk at a time; the reference model is the same one with its adapter off.
+Memory and speed: the prompts' common prefix (examples, mostly) runs forward and backward once per update, whatever the
+number of traces; logits exist for sampled positions only, a chunk at a time; the base model is the same one, adapter off.
 
 Left out: a value model, several GPUs (the model must fit one, beside its engine), full fine-tuning, other trainers.
 
@@ -77,7 +77,7 @@ PRESETS = {
     "mini": {"model": "embedded", "dataset": "arithmetic", "steps": 40, "problems": 8, "group": 8, "max_tokens": 256,
              "temperature_start": 1.0, "temperature_end": 0.8, "temperature_steps": 40, "reward_weights": "accuracy=1.0,code=0.1",
              "lr": 3e-4, "lr_schedule": "constant", "warmup": 0.0, "weight_decay": 0.0, "lora_rank": 16, "lora_alpha": 32,
-             "rslora": False, "gradient_checkpointing": False, "micro_tokens": 1024, "save_every": 5, "gpu_memory_utilization": 0.4},
+             "rslora": False, "gradient_checkpointing": False, "micro_tokens": 256, "save_every": 5, "gpu_memory_utilization": 0.4},
     "paper": {"model": "Qwen/Qwen3-4B-Thinking-2507", "dataset": "openmathreasoning", "steps": 1000, "problems": 4, "group": 4,
               "max_tokens": 5000, "temperature_start": 1.2, "temperature_end": 0.7, "temperature_steps": 1000,
               "reward_weights": "code=1.0,accuracy=0.1", "lr": 1e-6, "lr_schedule": "cosine", "warmup": 0.1, "weight_decay": 0.001,
@@ -156,45 +156,67 @@ def common_prefix(sequences: list[list[int]]) -> int:
     return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
-def micro_batches(sizes: list[int], prefix: int, budget: int) -> list[list[int]]:
-    """Indices of traces, sorted by length and cut so that prefix + rows x longest row <= budget (or one row alone)."""
+def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
+    """Indices of traces, sorted by length and cut so that rows x longest row <= budget (or one row alone)."""
     batches: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # ascending: the new one is the longest of its batch
-        if not batches or prefix + (len(batches[-1]) + 1) * (sizes[i] - prefix) > budget:
+        if not batches or (len(batches[-1]) + 1) * sizes[i] > budget:
             batches.append([])
         batches[-1].append(i)
     return batches
 
 
-def logprobs_of(model, batch, temperature: float, shared_prefix: bool = True, chunk: int = 1024) -> list:
+def decoder_of(model):
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base, base.get_decoder()  # the decoder is the model without its last layer, the one that makes logits
+
+
+def shared_prefix(model, prompts: list[list[int]]) -> list[int]:
+    """What all prompts begin with, less a token that predicts the first one of a trace. Empty where a cache would be wrong:
+    gradient checkpointing silently drops it in train mode, and a sliding window would forget its beginning."""
+    base, _ = decoder_of(model)
+    layers = getattr(base.config, "layer_types", None) or ()
+    if (model.training and base.is_gradient_checkpointing) or any(kind != "full_attention" for kind in layers):
+        return []
+    return prompts[0][: min(common_prefix(prompts), min(map(len, prompts)) - 1)]
+
+
+def run_prefix(model, ids: list[int]) -> list:
+    """Keys and values of ids (P) with their graph, layer by layer: [(1, heads, P, D), (1, heads, P, D), ...] or []."""
+    import torch
+    from transformers import DynamicCache
+
+    if not ids:
+        return []
+    base, decoder = decoder_of(model)
+    cache = DynamicCache()
+    decoder(input_ids=torch.tensor([ids], device=base.device), past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == len(ids), f"the model kept {cache.get_seq_length()} of {len(ids)} prefix tokens in its cache"
+    return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]
+
+
+def logprobs_of(model, batch, temperature: float, prefix: list = (), chunk: int = 256) -> list:
     """batch: N x (prompt_ids, ids, mask) -> N tensors: log pi(token) of the tokens with mask 1, in order, float32.
 
-    Exact, in train mode too: the prefix P that all N sequences share runs once, its cache stays in the graph and is
-    repeated N times, then the N suffixes run on top of it, padded on the right.
+    prefix: run_prefix of tokens with which all N prompts begin, and which each of them outlasts. Exact: the N suffixes,
+    padded on the right, run on top of N views of it.
     """
     import torch
     from torch.utils.checkpoint import checkpoint
     from transformers import DynamicCache
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder, head = base.get_decoder(), base.get_output_embeddings()  # the model without, and only, its last layer
-    device, sequences = head.weight.device, [prompt + ids for prompt, ids, _ in batch]
-    # Gradient checkpointing silently drops the cache in train mode; a sliding window would forget the prefix.
-    plain = (model.training and base.is_gradient_checkpointing) or any(
-        kind != "full_attention" for kind in getattr(base.config, "layer_types", None) or ())  # fmt: skip
-    P, cache = 0, None
-    if shared_prefix and not plain and len(batch) > 1:
-        P = min(common_prefix(sequences), min(len(prompt) for prompt, _, _ in batch) - 1)  # -1: it predicts the first token
-    if P > 0:
+    base, decoder = decoder_of(model)
+    head, device, N = base.get_output_embeddings(), base.device, len(batch)
+    P, cache = prefix[0].shape[2] if prefix else 0, None
+    if P:
         cache = DynamicCache()
-        decoder(input_ids=torch.tensor([sequences[0][:P]], device=device), past_key_values=cache, use_cache=True)
-        assert cache.get_seq_length() == P, f"the model kept {cache.get_seq_length()} of {P} prefix tokens in its cache"
-        cache.batch_repeat_interleave(len(batch))  # (1, heads, P, D) -> (N, heads, P, D), gradients are summed
-    rows = [s[P:-1] for s in sequences]  # the last token predicts nothing
+        for layer, (keys, values) in enumerate(zip(prefix[::2], prefix[1::2], strict=True)):
+            cache.update(keys.expand(N, -1, -1, -1), values.expand(N, -1, -1, -1), layer)  # their gradients are summed over N
+    rows = [(prompt + ids)[P:-1] for prompt, ids, _ in batch]  # the last token predicts nothing
     width = max(map(len, rows))
     inputs = torch.tensor([r + [0] * (width - len(r)) for r in rows], device=device)  # (N, width)
     seen = torch.tensor([[1] * (P + len(r)) + [0] * (width - len(r)) for r in rows], device=device)  # (N, P + width)
-    places = torch.arange(P, P + width, device=device).expand(len(rows), -1)  # (N, width)
+    places = torch.arange(P, P + width, device=device).expand(N, -1)  # (N, width)
     hidden = decoder(input_ids=inputs, attention_mask=seen, position_ids=places, past_key_values=cache,
                      use_cache=cache is not None).last_hidden_state  # (N, width, D)  # fmt: skip
 
@@ -204,8 +226,7 @@ def logprobs_of(model, batch, temperature: float, shared_prefix: bool = True, ch
     picked = hidden[row, column]  # (n, D): sampled positions only
 
     def score(states, tokens):  # (chunk, D) -> (chunk,); the (chunk, V) logits are made again in the backward pass
-        logits = head(states).float() / temperature
-        return logits.gather(1, tokens[:, None]).squeeze(1) - logits.logsumexp(1)
+        return -torch.nn.functional.cross_entropy(head(states).float().div_(temperature), tokens, reduction="none")
 
     parts = [checkpoint(score, s, t, use_reentrant=False) for s, t in zip(picked.split(chunk), token.split(chunk), strict=True)]
     return list(torch.cat(parts).split([sum(mask) for _, _, mask in batch]))
@@ -277,29 +298,35 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
     """One optimiser step (or --updates-per-rollout of them) on traces; returns what to log."""
     import torch
 
-    prefix = common_prefix([s.trace.prompt_ids for s in traces]) if not args.gradient_checkpointing else 0
-    sizes = [len(s.trace.prompt_ids) + len(s.trace.ids) for s in traces]
-    batches = micro_batches(sizes, prefix, args.micro_tokens)
+    # What all prompts begin with (the examples, mostly) runs once: micro-batches stand on leaves, copies of its keys and
+    # values cut off from its graph, whose gradients add up and go back through the prefix at the end.
+    shared = shared_prefix(model, [s.trace.prompt_ids for s in traces])
+    batches = micro_batches([len(s.trace.prompt_ids) + len(s.trace.ids) - len(shared) for s in traces], args.micro_tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device, frozen, losses, norms, gaps, clips, kls, entropy = parameters[0].device, {}, [], [], [], [], [], []
-    if args.updates_per_rollout > 1:
-        with torch.no_grad():
+    device, old_logprobs, losses, norms, gaps, clips, kls, entropy = parameters[0].device, {}, [], [], [], [], [], []
+    with torch.no_grad():
+        if args.updates_per_rollout > 1:
+            prefix = run_prefix(model, shared)
             for batch in batches:
-                frozen |= zip(batch, logprobs_of(model, [traces[i].tokens for i in batch], temperature), strict=True)
+                old_logprobs |= zip(batch, logprobs_of(model, [traces[i].tokens for i in batch], temperature, prefix), strict=True)
+        if args.kl_beta:
+            with model.disable_adapter():
+                base_prefix = run_prefix(model, shared)
     for inner in range(args.updates_per_rollout):
-        total = 0.0
+        total, prefix = 0.0, run_prefix(model, shared)
+        leaves = [tensor.detach().requires_grad_() for tensor in prefix]
         for batch in batches:
             part = [traces[i] for i in batch]
-            per_trace = logprobs_of(model, [s.tokens for s in part], temperature)
+            per_trace = logprobs_of(model, [s.tokens for s in part], temperature, leaves)
             new = torch.cat(per_trace)  # (n,)
-            old = torch.cat([frozen[i] for i in batch]) if frozen else new.detach()
+            old = torch.cat([old_logprobs[i] for i in batch]) if old_logprobs else new.detach()
             counts = torch.tensor([len(p) for p in per_trace], device=device)
             adv, weight = torch.tensor([[s.advantage, s.weight] for s in part], device=device).repeat_interleave(counts, 0).unbind(1)
             behaviour = torch.tensor([p for s in part for p in s.behaviour], device=device)
             loss, clipped = policy_loss(new, old, behaviour, adv, weight, args.epsilon_low, args.epsilon_high, args.tis_cap)
             if args.kl_beta:
                 with torch.no_grad(), model.disable_adapter():
-                    base = torch.cat(logprobs_of(model, [s.tokens for s in part], temperature))
+                    base = torch.cat(logprobs_of(model, [s.tokens for s in part], temperature, base_prefix))
                 kl = (base - new).exp() - (base - new) - 1
                 loss = loss + args.kl_beta * weight * kl
                 kls.append(kl.detach())
@@ -309,6 +336,8 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
             if inner == 0:
                 gaps.append(old - behaviour)
                 entropy.append(-new.detach())
+        if prefix:
+            torch.autograd.backward(prefix, [leaf.grad for leaf in leaves])
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         if math.isfinite(norm) and math.isfinite(total):
             optimizer.step()

@@ -222,7 +222,10 @@ def test_logprobs_agree_with_log_softmax_of_the_plain_model(model, shared):
     import torch
 
     traces = some_traces()
-    got = grpo.logprobs_of(model, [(t.prompt_ids, t.ids, t.mask) for t in traces], 0.7, shared_prefix=shared, chunk=5)
+    batch = [(t.prompt_ids, t.ids, t.mask) for t in traces]
+    prefix = grpo.run_prefix(model, grpo.shared_prefix(model, [t.prompt_ids for t in traces])) if shared else []
+    assert bool(prefix) == shared
+    got = grpo.logprobs_of(model, batch, 0.7, prefix, chunk=5)
     for t, values in zip(traces, got, strict=True):
         logits = model(input_ids=torch.tensor([t.prompt_ids + t.ids])).logits[0] / 0.7
         table = logits.log_softmax(-1)
@@ -232,9 +235,8 @@ def test_logprobs_agree_with_log_softmax_of_the_plain_model(model, shared):
 
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("cut", ["prompts differ", "equal prompts", "one is the other's prefix"])
-def test_shared_prefix_equals_plain_loss_and_gradient(model, train, cut):
-    import torch
-
+def test_shared_prefix_equals_plain_loss_and_gradient(model, monkeypatch, train, cut):
+    """One update, cut into many micro-batches, with the prefix run once and with every row run whole."""
     model.train(train)
     traces = some_traces()
     if cut != "prompts differ":
@@ -242,19 +244,19 @@ def test_shared_prefix_equals_plain_loss_and_gradient(model, train, cut):
             t.prompt_ids = traces[0].prompt_ids
     if cut == "one is the other's prefix":
         traces[1].prompt_ids = traces[0].prompt_ids[:-4]
-    batch = [(t.prompt_ids, t.ids, t.mask) for t in traces]
-    calls, results = [], []
+    calls, P = [], len(grpo.shared_prefix(model, [t.prompt_ids for t in traces]))
     decoder = model.get_base_model().get_decoder()
-    hook = decoder.register_forward_pre_hook(lambda _, a, kw: calls.append(kw["input_ids"].shape), with_kwargs=True)
-    for shared in (True, False):
-        model.zero_grad()
-        loss = torch.cat([v * (i - 2.5) for i, v in enumerate(grpo.logprobs_of(model, batch, 0.9, shared_prefix=shared))]).sum()
-        loss.backward()
-        results.append((loss.item(), gradient(model).clone()))
+    hook = decoder.register_forward_pre_hook(lambda _, a, kw: calls.append(tuple(kw["input_ids"].shape)), with_kwargs=True)
+    shared, with_prefix = one_update(model, scored(traces), "--micro-tokens", "60", "--kl-beta", "0.3")
+    once = list(calls)
+    monkeypatch.setattr(grpo, "shared_prefix", lambda model, prompts: [])
+    calls.clear()
+    plain, without = one_update(model, scored(traces), "--micro-tokens", "200", "--kl-beta", "0.3")
     hook.remove()
-    assert len(calls) == 3 and calls[0][0] == 1 and calls[1][1] < calls[2][1]  # prefix, suffixes; then everything
-    assert close(results[0][0], results[1][0], 1e-4)
-    assert (results[0][1] - results[1][1]).abs().max() < 1e-4 * results[1][1].abs().max()
+    assert once.count((1, P)) == 2 and len(once) >= 6  # the base's and the policy's; every other call is a micro-batch
+    assert max(width for _, width in once if width != P) == max(width for _, width in calls) - P
+    assert close(shared["loss"] / plain["loss"], 1, 1e-5) and close(shared["kl"] / plain["kl"], 1, 1e-5) and shared["kl"] > 1e-3
+    assert (with_prefix[0] - without[0]).abs().max() < 1e-4 * without[0].abs().max()
 
 
 def test_gradient_checkpointing_takes_the_plain_path_and_agrees(model, tiny_folder):
@@ -271,10 +273,9 @@ def test_common_prefix_and_micro_batches():
     assert grpo.common_prefix([[1, 2, 3], [1, 2, 4, 5], [1, 2, 3]]) == 2
     assert grpo.common_prefix([[1, 2], [1, 2]]) == 2 and grpo.common_prefix([[1], [2]]) == 0 and grpo.common_prefix([[1, 2, 3]]) == 3
     sizes = [50, 20, 90, 30, 300]
-    cut = grpo.micro_batches(sizes, 10, 100)
-    assert cut == [[1, 3, 0][:2], [0], [2], [4]]  # 10 + 2 * 20 fits, 10 + 3 * 40 does not; 300 stands alone
+    assert grpo.micro_batches(sizes, 100) == [[1, 3], [0], [2], [4]]  # 2 * 30 fits, 3 * 50 does not; 300 stands alone
     for budget in (1, 100, 10**6):
-        assert sorted(sum(grpo.micro_batches(sizes, 10, budget), [])) == [0, 1, 2, 3, 4]
+        assert sorted(sum(grpo.micro_batches(sizes, budget), [])) == [0, 1, 2, 3, 4]
 
 
 # ---------------------------------------------------------------------------------------------------------------
