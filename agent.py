@@ -330,13 +330,23 @@ def has_cuda() -> bool:
     return False
 
 
+ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # trained by `make reproduce` for the embedded model
+
+
+def chosen_lora(model: str | None, lora: str | None) -> str | None:
+    """--lora as an adapter folder or None. Without the flag the embedded model gets the adapter that we trained for it."""
+    if lora is None and (model == "embedded" or model is None and not has_cuda()) and ADAPTER.is_dir():
+        return str(ADAPTER)
+    return None if lora == "none" else lora
+
+
 def resolve_model(model: str | None, lora: str | None) -> tuple[str, str | None]:
     """(folder or hub id of the weights, adapter folder or None), with the machine's default for no model at all.
 
     A repository or folder that holds an adapter only is loaded as its base model with the adapter on top.
     """
+    lora = chosen_lora(model, lora)
     model = model or ("Intel/deepmath-v1" if has_cuda() else "embedded")
-    lora = None if lora == "none" else lora
     if model == "embedded":
         model = str(embedded_model())
     elif lora is None and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
@@ -511,7 +521,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     cuda = has_cuda()
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="ID|DIR", help="hub id, folder, or `embedded` (default: Intel/deepmath-v1 with a GPU, else embedded)")
-    group.add_argument("--lora", metavar="DIR", help="PEFT adapter folder; `none` for no adapter")
+    group.add_argument("--lora", metavar="DIR", help="PEFT adapter folder; `none` for no adapter (default: the embedded model's in adapters/, else none)")
     group.add_argument("--batch", type=int, default=256 if cuda else 64, metavar="N", help="traces decoded at once (default: %(default)s)")
     group.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory for the engine (default: 0.9)")
     group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share one model (default: 1)")

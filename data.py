@@ -39,6 +39,7 @@ from functools import lru_cache
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 
 @dataclass
@@ -98,8 +99,8 @@ def problem_id(question: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------
-# The built-in set. Every family is a function (random generator, difficulty 1-3) -> (question, exact answer); most
-# have several wordings, because a model trained on few of either learns the wording instead of the tool.
+# The built-in set. Every family is a function (random generator, difficulty 1-3) -> (question, exact answer, snippet
+# that prints it); most have several wordings, because a model trained on few of either learns the wording, not the tool.
 
 
 def _num(rng: random.Random, digits: int) -> int:
@@ -114,55 +115,58 @@ def _product(rng, d):
     a, b = _num(rng, d + 1), _num(rng, 2 if d == 1 else d)
     text = rng.choice(["What is {a} times {b}?", "Compute ${a} \\times {b}$.", "Find the product of {a} and {b}.",
                        "Calculate {a} * {b}."])  # fmt: skip
-    return text.format(a=a, b=b), a * b
+    return text.format(a=a, b=b), a * b, f"print({a} * {b})"
 
 
 def _sum(rng, d):
     terms = [_num(rng, rng.randint(2, 4)) * (1 if i < 2 else rng.choice([1, -1])) for i in range(d + 1)]
     shown = " ".join([str(terms[0]), *map(_signed, terms[1:])])
-    return rng.choice(["What is {s}?", "Compute ${s}$.", "Evaluate {s}."]).format(s=shown), sum(terms)
+    return rng.choice(["What is {s}?", "Compute ${s}$.", "Evaluate {s}."]).format(s=shown), sum(terms), f"print({shown})"
 
 
 def _remainder(rng, d):
     a, n = _num(rng, 3 + 2 * d), _num(rng, min(d + 1, 3))
     text = rng.choice(["What is the remainder when {a} is divided by {n}?", "Find ${a} \\bmod {n}$.",
                        "If {a} is divided by {n}, what remainder is left?"])  # fmt: skip
-    return text.format(a=a, n=n), a % n
+    return text.format(a=a, n=n), a % n, f"print({a} % {n})"
 
 
 def _power(rng, d):
     a, e, n = rng.randint(2, 9 + 10 * d), rng.randint(10, 100 * d), rng.randint(11, 10 ** (d + 1))
     text = rng.choice(["What is the remainder when ${a}^{{{e}}}$ is divided by {n}?", "Compute ${a}^{{{e}}} \\bmod {n}$.",
                        "Find the remainder of {a}^{e} modulo {n}."])  # fmt: skip
-    return text.format(a=a, e=e, n=n), pow(a, e, n)
+    return text.format(a=a, e=e, n=n), pow(a, e, n), f"print(pow({a}, {e}, {n}))"
 
 
 def _gcd_lcm(rng, d):
     k = rng.randint(2, 12 * d)
     a, b = k * rng.randint(3, 20 * d), k * rng.randint(3, 20 * d)
-    name, value = rng.choice([("greatest common divisor", math.gcd(a, b)), ("least common multiple", math.lcm(a, b))])
-    return rng.choice(["What is the {n} of {a} and {b}?", "Find the {n} of {a} and {b}."]).format(n=name, a=a, b=b), value
+    name, value, call = rng.choice([("greatest common divisor", math.gcd(a, b), "gcd"), ("least common multiple", math.lcm(a, b), "lcm")])
+    text = rng.choice(["What is the {n} of {a} and {b}?", "Find the {n} of {a} and {b}."])
+    return text.format(n=name, a=a, b=b), value, f"import math\nprint(math.{call}({a}, {b}))"
 
 
 def _range_sum(rng, d):
     low = rng.randint(1, 50)
     high = low + rng.randint(10, 100 * d)
+    span = f"range({low}, {high} + 1)"
     if d == 1:
-        return f"What is the sum of all integers from {low} to {high}?", sum(range(low, high + 1))
+        return f"What is the sum of all integers from {low} to {high}?", sum(range(low, high + 1)), f"print(sum({span}))"
     if d == 2:
         k = rng.randint(3, 12)
         total = sum(n for n in range(low, high + 1) if n % k == 0)
-        return f"Find the sum of the multiples of {k} between {low} and {high}, inclusive.", total
+        text = f"Find the sum of the multiples of {k} between {low} and {high}, inclusive."
+        return text, total, f"print(sum(n for n in {span} if n % {k} == 0))"
     e = rng.choice([2, 3])
-    name = {2: "squares", 3: "cubes"}[e]
-    return f"Compute the sum of the {name} of the integers from {low} to {high}.", sum(n**e for n in range(low, high + 1))
+    name, total = {2: "squares", 3: "cubes"}[e], sum(n**e for n in range(low, high + 1))
+    return f"Compute the sum of the {name} of the integers from {low} to {high}.", total, f"print(sum(n**{e} for n in {span}))"
 
 
 def _divisors(rng, d):
     n = rng.randint(2, 12) * rng.randint(5, 10 ** (d + 1) // 2)
     value = sum(1 for k in range(1, n + 1) if n % k == 0)
     text = rng.choice(["How many positive divisors does {n} have?", "Find the number of positive divisors of {n}."])
-    return text.format(n=n), value
+    return text.format(n=n), value, f"print(sum(1 for k in range(1, {n} + 1) if {n} % k == 0))"
 
 
 def _primes(rng, d):
@@ -171,7 +175,7 @@ def _primes(rng, d):
     value = sum(1 for n in range(low, high + 1) if n > 1 and all(n % p for p in range(2, math.isqrt(n) + 1)))
     text = rng.choice(["How many prime numbers are there between {a} and {b}, inclusive?",
                        "How many primes p satisfy ${a} \\le p \\le {b}$?"])  # fmt: skip
-    return text.format(a=low, b=high), value
+    return text.format(a=low, b=high), value, f"from sympy import primerange\nprint(len(list(primerange({low}, {high} + 1))))"
 
 
 def _fraction(rng, d):
@@ -183,18 +187,24 @@ def _fraction(rng, d):
         value = value + p if op == "+" else value - p if op == "-" else value * p
     shown = {"+": " + ", "-": " - ", "*": " \\times "}[op].join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts)
     text = rng.choice(["Compute ${s}$ as a fraction in lowest terms.", "What is ${s}$? Give a reduced fraction."])
-    return text.format(s=shown), value
+    code = f" {op} ".join(f"Fraction({p.numerator}, {p.denominator})" for p in parts)
+    return text.format(s=shown), value, f"from fractions import Fraction\nprint({code})"
 
 
 def _equation(rng, d):
     a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
     if d == 1:
         x = rng.randint(-50, 50)
-        return f"Solve for x: {a}x {_signed(b)} = {a * x + b}", x
+        return f"Solve for x: {a}x {_signed(b)} = {a * x + b}", x, _solve(f"{a}*x {_signed(b)}", a * x + b)
     e, c = rng.randint(-99, 99), c if c not in (a, 0, 1, -1) else a + 1
     left = f"{a}x {_signed(b)}" if d == 2 else f"{a}(x {_signed(b)})"
     text = rng.choice(["Solve ${s}$ for $x$.", "What value of x satisfies {s}?"]).format(s=f"{left} = {c}x {_signed(e)}")
-    return text, Fraction(e - b, a - c) if d == 2 else Fraction(e - a * b, a - c)
+    value = Fraction(e - b, a - c) if d == 2 else Fraction(e - a * b, a - c)
+    return text, value, _solve(left.replace("x", "*x").replace("(*x", "*(x"), f"{c}*x {_signed(e)}")
+
+
+def _solve(left: str, right) -> str:
+    return f'from sympy import symbols, solve\nx = symbols("x")\nprint(solve({left} - ({right}), x)[0])'
 
 
 def _system(rng, d):
@@ -202,12 +212,15 @@ def _system(rng, d):
     b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
     lines = f"x + {b}y = {x + b * y} and {c}x - {e}y = {c * x - e * y}"
     target, value = rng.choice([("x", x), ("y", y), ("x + y", x + y), ("x * y", x * y)])
-    return f"If {lines}, what is {target}?", value
+    first, second = f"x + {b}*y - ({x + b * y})", f"{c}*x - {e}*y - ({c * x - e * y})"
+    shown = target.replace("x", "s[x]").replace("y", "s[y]")
+    code = f'from sympy import symbols, solve\nx, y = symbols("x y")\ns = solve([{first}, {second}], [x, y])\nprint({shown})'
+    return f"If {lines}, what is {target}?", value, code
 
 
 def _digits(rng, d):
     a, e = rng.randint(2, 99), rng.randint(5, 20 * d)
-    return f"What is the sum of the digits of ${a}^{{{e}}}$?", sum(map(int, str(a**e)))
+    return f"What is the sum of the digits of ${a}^{{{e}}}$?", sum(map(int, str(a**e))), f"print(sum(int(d) for d in str({a}**{e})))"
 
 
 _NAMES = ["Ana", "Ben", "Chen", "Dora", "Emeka", "Fatima", "Goran", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mateo", "Nadia"]
@@ -220,11 +233,11 @@ def _shopping(rng, d):
     paid = n * p + m * q + rng.randint(1, 99)
     return rng.choice([
         (f"{name} buys {n} {thing} at ${p} each and {m} {other} at ${q} each. How many dollars does {name} spend in all?",
-         n * p + m * q),
+         n * p + m * q, f"print({n} * {p} + {m} * {q})"),
         (f"{name} has ${paid}. After buying {n} {thing} for ${p} each and {m} {other} for ${q} each, how many dollars are left?",
-         paid - n * p - m * q),
+         paid - n * p - m * q, f"print({paid} - {n} * {p} - {m} * {q})"),
         (f"A shop sells {thing} for ${p} and {other} for ${q}. How much more do {n} {thing} cost than {m} {other}, in dollars? "
-         "(The result may be negative.)", n * p - m * q)])  # fmt: skip
+         "(The result may be negative.)", n * p - m * q, f"print({n} * {p} - {m} * {q})")])  # fmt: skip
 
 
 def _sharing(rng, d):
@@ -233,11 +246,11 @@ def _sharing(rng, d):
     total, given = boxes * each, rng.randint(1, boxes * each // 2)
     return rng.choice([
         (f"{name} has {boxes} boxes with {each} {thing} in each and gives away {given} of them. How many {thing} are left?",
-         total - given),
+         total - given, f"print({boxes} * {each} - {given})"),
         (f"{name} packs {boxes} boxes of {each} {thing} and shares them equally among {people} friends. How many {thing} "
-         "remain after each friend gets as many as possible?", total % people),
+         "remain after each friend gets as many as possible?", total % people, f"print({boxes} * {each} % {people})"),
         (f"There are {boxes} shelves with {each} {thing} each, and {given} more {thing} arrive. How many {thing} are there now?",
-         total + given)])  # fmt: skip
+         total + given, f"print({boxes} * {each} + {given})")])  # fmt: skip
 
 
 def _travel(rng, d):
@@ -245,11 +258,12 @@ def _travel(rng, d):
     h, k = rng.randint(2, 5 * d), rng.randint(2, 5 * d)
     return rng.choice([
         (f"{name} drives {h} hours at {v} km per hour and then {k} hours at {w} km per hour. How many kilometres is that in all?",
-         v * h + w * k),
+         v * h + w * k, f"print({v} * {h} + {w} * {k})"),
         (f"A machine makes {v} parts per hour for {h} hours, then {w} parts per hour for {k} hours. How many parts does it make?",
-         v * h + w * k),
+         v * h + w * k, f"print({v} * {h} + {w} * {k})"),
         (f"{name} reads {v} pages a day for {h} days and {w} pages a day for {k} days. What is the average number of pages "
-         "per day, as an exact fraction or integer?", Fraction(v * h + w * k, h + k))])  # fmt: skip
+         "per day, as an exact fraction or integer?", Fraction(v * h + w * k, h + k),
+         f"from fractions import Fraction\nprint(Fraction({v} * {h} + {w} * {k}, {h} + {k}))")])  # fmt: skip
 
 
 FAMILIES = {"product": _product, "sum": _sum, "remainder": _remainder, "power": _power, "gcd_lcm": _gcd_lcm,
@@ -270,14 +284,16 @@ def arithmetic(split: str, n: int) -> list[Problem]:
         if misses > 10_000:  # the smallest family has no new question left to draw
             raise UserError(f"arithmetic has only about {len(problems)} different problems in its {split} split: lower --limit")
         family, difficulty = names[len(problems) % len(names)], 1 + (len(problems) // len(names)) % 3
-        question, answer = FAMILIES[family](rng, difficulty)
+        question, answer, snippet = FAMILIES[family](rng, difficulty)
         pid = problem_id(question)
         if pid in seen or (int(pid, 16) % 5 == 0) != (split == "test"):
             misses += 1
             continue
         misses = 0
         seen.add(pid)
-        problems.append(Problem(pid, question, str(answer), {"family": family, "difficulty": difficulty}))
+        solution = (f"Let me compute this with Python.\n{CALL_OPEN}\n{snippet}\n{CALL_CLOSE}\n```output\n{answer}\n```\n"
+                    f"The answer is \\boxed{{{answer}}}.")  # as in fewshot.txt  # fmt: skip
+        problems.append(Problem(pid, question, str(answer), {"family": family, "difficulty": difficulty, "solution": solution}))
     return problems
 
 
@@ -492,8 +508,6 @@ def load_from_flags(args, dataset: str | None = None, need_answer: bool = True) 
 
 # ---------------------------------------------------------------------------------------------------------------
 # From a question to the tokens the model reads
-
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 
 INSTRUCTIONS = f"""You solve math problems and do every calculation with short Python snippets, never by hand.
 To run a snippet, write it between tags:

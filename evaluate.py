@@ -4,7 +4,7 @@ r"""Evaluation: run a benchmark, extract, compare, vote, measure, report.
     python evaluate.py --dataset arithmetic --limit 64 --n 16 --out runs/baseline --no-agent
     python evaluate.py --report runs/baseline runs/agent         # Markdown: accuracy, length, differences, breakdowns
     python evaluate.py --dataset math500,amc23 --out runs/two    # several sets, one engine, one table
-    python evaluate.py --ablation --lora adapters/mini --dataset arithmetic --out runs/ablation    # the four rows
+    python evaluate.py --ablation --lora runs/grpo/adapter --dataset arithmetic --out runs/ablation    # the four rows
     python evaluate.py --grade outputs.jsonl                     # rows made elsewhere: `gold` or `answer`, and `text`
 
 What happens, in reading order:
@@ -49,7 +49,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import Trace, add_model_flags, boxes, extract_answer, has_cuda, open_agent, settings_from
+from agent import Trace, add_model_flags, boxes, chosen_lora, extract_answer, has_cuda, open_agent, settings_from
 from data import Problem, UserError, add_data_flags, load_from_flags, run_main
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1223,10 +1223,10 @@ def run(args) -> int:
             for name, problems in loaded.items() for p in problems]  # fmt: skip
     problems: dict[str, Problem] = {p.id: p for ps in loaded.values() for p in ps}
     out = Path(args.out or "-".join(["runs/" + "-".join(loaded), Path(model).name, *["baseline"] * args.no_agent])).absolute()
-    lora = None if args.lora == "none" else args.lora
+    lora = chosen_lora(args.model, args.lora)
     chosen = {key: getattr(args, key) for key in ("config", "split", "question_key", "answer_key", "where", "shuffle")}
-    settings = {"model": model, "lora": lora, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
-    config = {"name": args.name or out.name, "n": args.n, "settings": settings, "limit": args.limit,
+    settings = {"model": model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
+    config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings, "limit": args.limit,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.uname().nodename}, {os.cpu_count()} cores"}  # fmt: skip
     done = open_run(out, config, rows)
     jobs = [(p, i) for p in problems.values() for i in range(args.n) if (p.id, i) not in done]
@@ -1301,7 +1301,7 @@ def ablation(args, argv: list[str]) -> None:
     for flag in ("--ablation", "--no-agent"):
         own.add_argument(flag, action="store_true")
     _, rest = own.parse_known_args(argv)
-    lora = None if args.lora == "none" else args.lora
+    lora = chosen_lora(args.model, args.lora)
     base, tuned = args.base_model or args.model, (args.model, lora) if lora or args.base_model else None
     out = Path(args.out or "runs/ablation")
     plan = [("Baseline", (base, None), True), ("+ GRPO", tuned, True), ("+ Agent", (base, None), False), ("DeepMath", tuned, False)]

@@ -298,8 +298,8 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
     """One optimiser step (or --updates-per-rollout of them) on traces; returns what to log."""
     import torch
 
-    # What all prompts begin with (the examples, mostly) runs once: micro-batches stand on leaves, copies of its keys and
-    # values cut off from its graph, whose gradients add up and go back through the prefix at the end.
+    # What all prompts begin with (the examples, mostly) runs once, without a graph: micro-batches stand on its keys and
+    # values, whose gradients add up. At the end it runs again, with a graph through which they go back.
     shared = shared_prefix(model, [s.trace.prompt_ids for s in traces])
     batches = micro_batches([len(s.trace.prompt_ids) + len(s.trace.ids) - len(shared) for s in traces], args.micro_tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -313,11 +313,11 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
             with model.disable_adapter():
                 base_prefix = run_prefix(model, shared)
     for inner in range(args.updates_per_rollout):
-        total, prefix = 0.0, run_prefix(model, shared)
-        leaves = [tensor.detach().requires_grad_() for tensor in prefix]
+        with torch.no_grad():
+            total, prefix = 0.0, [tensor.requires_grad_() for tensor in run_prefix(model, shared)]
         for batch in batches:
             part = [traces[i] for i in batch]
-            per_trace = logprobs_of(model, [s.tokens for s in part], temperature, leaves)
+            per_trace = logprobs_of(model, [s.tokens for s in part], temperature, prefix)
             new = torch.cat(per_trace)  # (n,)
             old = torch.cat([old_logprobs[i] for i in batch]) if old_logprobs else new.detach()
             counts = torch.tensor([len(p) for p in per_trace], device=device)
@@ -337,7 +337,7 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
                 gaps.append(old - behaviour)
                 entropy.append(-new.detach())
         if prefix:
-            torch.autograd.backward(prefix, [leaf.grad for leaf in leaves])
+            torch.autograd.backward(run_prefix(model, shared), [tensor.grad for tensor in prefix])
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
         if math.isfinite(norm) and math.isfinite(total):
             optimizer.step()
@@ -631,7 +631,8 @@ def check_flags(args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if args.warmup > 1 or args.epsilon_low > 1 or args.lora_rank > 512:
         raise UserError("--warmup and --epsilon-low are at most 1, --lora-rank at most 512")
-    if args.lora not in (None, "none"):
+    args.lora = args.lora or "none"  # a new adapter, where the other scripts take the one that we trained
+    if args.lora != "none":
         adapter_config(args.lora)
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb: the package is not installed: pip install wandb")

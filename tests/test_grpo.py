@@ -253,7 +253,7 @@ def test_shared_prefix_equals_plain_loss_and_gradient(model, monkeypatch, train,
     calls.clear()
     plain, without = one_update(model, scored(traces), "--micro-tokens", "200", "--kl-beta", "0.3")
     hook.remove()
-    assert once.count((1, P)) == 2 and len(once) >= 6  # the base's and the policy's; every other call is a micro-batch
+    assert once.count((1, P)) == 3 and len(once) >= 6  # the base's, the policy's twice; every other call is a micro-batch
     assert max(width for _, width in once if width != P) == max(width for _, width in calls) - P
     assert close(shared["loss"] / plain["loss"], 1, 1e-5) and close(shared["kl"] / plain["kl"], 1, 1e-5) and shared["kl"] > 1e-3
     assert (with_prefix[0] - without[0]).abs().max() < 1e-4 * without[0].abs().max()
