@@ -1,13 +1,26 @@
-# make demo | test | setup | test-all | clean.   PYTHON=python3.12 chooses the interpreter, CPU=1 the CPU build on a GPU machine.
+# make demo | reproduce | test | setup | test-all | clean.   PYTHON=python3.12 chooses the interpreter, CPU=1 the CPU build on a GPU machine.
 PYTHON ?= python3
 DEMO   ?= What is 48721 times 9637?
 PY     := .venv/bin/python
 export DEMO
 
-.PHONY: help setup demo test test-all clean
+# The evaluations of `make reproduce`; GSM8K and SVAMP may be files: make reproduce-full GSM8K=rows.jsonl
+RUN    := runs/reproduce
+ROWS   := baseline grpo agent warm-start deepmath
+comma  := ,
+GSM8K  ?= gsm8k
+SVAMP  ?= svamp
+EVAL    = $(PY) evaluate.py --n 16 --max-tokens 256
+five    = $(EVAL) $(2) --ablation --lora $(RUN)/grpo/adapter --out $(1) >/dev/null && \
+          $(EVAL) $(2) --lora $(RUN)/warm/adapter --name "Warm start" --out $(1)/warm-start >/dev/null && \
+          $(PY) extras/report.py $(ROWS:%=$(1)/%) --out $(1) && $(PY) evaluate.py --report $(ROWS:%=$(1)/%) | tee $(1)/table.md
+
+.PHONY: help setup demo reproduce reproduce-full test test-all clean
 
 help:
 	@echo "make demo      set up .venv, then solve: $$DEMO   (another one: make demo DEMO='...')"
+	@echo "make reproduce train the embedded model and fill the README's table: about an hour; go on after a kill: the same command"
+	@echo "make reproduce-full   the same with 200 problems, GSM8K and SVAMP: hours"
 	@echo "make test      set up .venv, then ruff and the quick tests"
 	@echo "make test-all  the same with the slow tests"
 	@echo "make setup     build .venv only (again after a change of the requirements; else it has nothing to do)"
@@ -19,6 +32,15 @@ setup:
 
 demo: setup
 	@$(PY) agent.py --seed 0 "$$DEMO"
+
+reproduce: setup
+	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --limit 600 --out $(RUN)/warm
+	@test -d $(RUN)/grpo/adapter || $(PY) grpo.py --preset mini --out $(RUN)/grpo $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
+	@$(call five,$(RUN)/table,--model embedded --dataset arithmetic --limit 64)
+
+reproduce-full: reproduce
+	@$(call five,$(RUN)/full-arithmetic,--model embedded --dataset arithmetic)
+	@$(call five,$(RUN)/full-word-problems,--model embedded --dataset $(GSM8K)$(comma)$(SVAMP) --limit 100)
 
 test: setup
 	$(PY) -m ruff check .

@@ -34,11 +34,11 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from data import CALL_CLOSE, CALL_OPEN, Parser, Problem, Prompt, UserError, disarm, embedded_model
-from data import SPLIT, encode, go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main
+from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Parser, Problem, Prompt, UserError, disarm, embedded_model, encode
+from data import go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main, with_template
 from sandbox import Result, Sandbox, SandboxError, Session
 
 OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
@@ -269,6 +269,8 @@ class Agent:
             return "call" if len(trace.calls) < s.max_calls else "max_calls"
         if s.end_at == "box" and "}" in new_text and extract_answer(trace.segment[: trace.code_at]):
             return "answer"
+        if s.prompt.stops and not in_call and any(stop in trace.segment[-len(new_text) - 20 :] for stop in s.prompt.stops):
+            return "eos"
         if new.finish_reason is None:
             return "decode"
         if new.finish_reason == "stop":
@@ -393,6 +395,24 @@ def context_length(model: str) -> int:
     return int(getattr(config, "max_position_embeddings", None) or config.get_text_config().max_position_embeddings)
 
 
+def take_rank() -> tuple[int, int]:
+    """(rank, ranks) of a torchrun job, (0, 1) without one. This process then keeps to its GPU, or to its share of the cores.
+
+    To be called before torch is imported: torchrun leaves every rank one thread, and CUDA sees the devices it saw first.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks > 1 and has_cuda():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+    elif here > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[local::here] or cores
+        os.sched_setaffinity(0, mine)
+        os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    return rank, ranks
+
+
 def prepare_environment(verbose: bool) -> None:
     """What vLLM reads from the environment, set before its first import. Figures: 2 cores, 135M model, 64 traces."""
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
@@ -492,6 +512,8 @@ def open_agent(args, problems: list[Problem] = ()):
         box = stack.enter_context(Sandbox(mode=args.sandbox)) if settings.prompt.agent else None
         model, lora = resolve_model(args.model, args.lora)
         tokenizer = load_tokenizer(model)
+        if not tokenizer.chat_template and not settings.prompt.stops:
+            settings = replace(settings, prompt=replace(settings.prompt, stops=BASE_STOPS))
         context = context_length(model)
         lengths = [len(render_prompt(tokenizer, settings.prompt, p.question)) for p in problems]
         bare = len(render_prompt(tokenizer, settings.prompt, ""))
@@ -528,6 +550,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--verbose", action="store_true", help="show the engine's log")
     group = parser.add_argument_group("prompt and tool")
     group.add_argument("--no-agent", action="store_true", help="plain reasoning, no tool: the baseline")
+    group.add_argument("--prompt", default="chat", metavar="STYLE|FILE", help="chat (the model's template), for base models r1-zero or qwen-boxed, or a file with {question} in it (default: chat)")
     group.add_argument("--few-shot", metavar="STYLE|FILE", help="turns, system, none, a file like fewshot.txt, or style:file (default: turns for the embedded model, else system)")
     group.add_argument("--sandbox", choices=["auto", "limits-only"], default="auto", help="limits-only: go on where the kernel has no seccomp, at your own risk")
     group = parser.add_argument_group("sampling and budgets")
@@ -557,7 +580,8 @@ def settings_from(args) -> Settings:
         if not 0 < getattr(args, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}")
     style = "turns" if small else "system"
-    return Settings(read_few_shot(args.few_shot or style, style, agent=not args.no_agent), args.temperature, args.top_p,
+    prompt = with_template(read_few_shot(args.few_shot or style, style, agent=not args.no_agent), args.prompt)
+    return Settings(prompt, args.temperature, args.top_p,
                     args.top_k, None if args.seed < 0 else args.seed, args.max_tokens, args.max_step_tokens, args.max_calls,
                     args.snippet_seconds, args.end_at)  # fmt: skip
 

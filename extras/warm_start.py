@@ -1,6 +1,6 @@
 """A short supervised stage before GRPO: the model reads worked solutions until it can imitate them.
 
-    python extras/warm_start.py --limit 300 --out runs/warm                              # arithmetic's own solutions
+    python extras/warm_start.py --limit 600 --out runs/warm                              # arithmetic's own solutions
     python extras/warm_start.py --from-traces runs/agent --out runs/warm                 # the model's own correct traces
     python extras/warm_start.py --dataset deepmath-103k --solution-key r1_solution_1 --no-agent --limit 2000 --out runs/warm
     python grpo.py --lora runs/warm/adapter
@@ -32,7 +32,7 @@ from agent import Trace, add_model_flags, context_length, has_cuda, load_tokeniz
 from agent import settings_from  # noqa: E402
 from data import CALL_CLOSE, Parser, Problem, UserError, add_data_flags, disarm, encode, load_from_flags, render_prompt, run_main  # noqa: E402
 from evaluate import Verdict, load_run  # noqa: E402
-from grpo import PRESETS, Scored, append, load_trainer, save_adapter, update  # noqa: E402
+from grpo import PRESETS, Scored, Team, append, load_trainer, save_adapter, update  # noqa: E402
 
 SOLUTION_KEYS = ("solution", "r1_solution_1", "generated_solution")
 OUTPUT = re.compile(rf"(?<={re.escape(CALL_CLOSE)})(\n```output\n.*?\n```\n)", re.S)
@@ -87,8 +87,8 @@ def main() -> int:
     # How to train
     parser.add_argument("--out", type=Path, default=Path("runs/warm"), metavar="DIR", help="OUT/adapter is the result (default: runs/warm)")
     parser.add_argument("--epochs", type=int, default=1, metavar="N", help="passes over the solutions (default: 1)")
-    parser.add_argument("--problems", type=int, default=16, metavar="N", help="solutions per optimiser step (default: 16)")
-    parser.add_argument("--lr", type=float, default=3e-4 if not has_cuda() else 1e-4, metavar="X", help="learning rate, falling to 0 (default: %(default)s)")
+    parser.add_argument("--problems", type=int, default=32, metavar="N", help="solutions per optimiser step (default: 32)")
+    parser.add_argument("--lr", type=float, default=1e-4 if has_cuda() else 1e-3, metavar="X", help="learning rate, falling to 0 (default: %(default)s)")
     parser.add_argument("--lora-rank", type=int, default=preset["lora_rank"], metavar="R", help="(default: %(default)s)")
     parser.add_argument("--lora-alpha", type=float, default=preset["lora_alpha"], metavar="A", help="(default: %(default)s)")
     parser.add_argument("--micro-tokens", type=int, default=preset["micro_tokens"], metavar="N", help="tokens of one pass (default: %(default)s)")
@@ -120,6 +120,7 @@ def main() -> int:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=0.0)
     per_epoch = -(-len(shown) // args.problems)
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "metrics.jsonl").unlink(missing_ok=True)  # of a run that was killed
     for step in range(args.epochs * per_epoch):
         started, at = time.monotonic(), step % per_epoch * args.problems
         order = random.Random(f"{args.seed}/{step // per_epoch}").sample(shown, len(shown))
@@ -128,7 +129,7 @@ def main() -> int:
             s.weight = 1 / sum(other.trace.sampled for other in batch)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * (1 - step / (args.epochs * per_epoch))
-        stats = update(model, optimizer, batch, 1.0, args)
+        stats = update(model, optimizer, batch, 1.0, args, Team())
         row = {"step": step + 1, "cross_entropy": stats["entropy"], "grad_norm": stats["grad_norm"], "seconds": time.monotonic() - started}
         append(args.out / "metrics.jsonl", [row])
         print(f"step {step + 1:3d}/{args.epochs * per_epoch}  cross-entropy {row['cross_entropy']:.3f}  {row['seconds']:.0f} s", flush=True)

@@ -126,7 +126,7 @@ class Recorder:
 
 def one_update(model, traces, *extra, temperature=0.8):
     recorder = Recorder(model)
-    stats = grpo.update(model, recorder, traces, temperature, flags("--max-grad-norm", "1e9", *extra))
+    stats = grpo.update(model, recorder, traces, temperature, flags("--max-grad-norm", "1e9", *extra), grpo.Team())
     return stats, recorder.gradients
 
 
@@ -294,7 +294,7 @@ def test_later_inner_steps_clip(model):
     import torch
 
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=30.0)
-    stats = grpo.update(model, optimizer, scored(some_traces()), 1.0, flags("--updates-per-rollout", "3"))
+    stats = grpo.update(model, optimizer, scored(some_traces()), 1.0, flags("--updates-per-rollout", "3"), grpo.Team())
     assert 0 < stats["clip_fraction"] < 1
 
 
