@@ -279,7 +279,7 @@ def check(tok, trace, engine):
     assert trace.sampled == sum(trace.mask)
     assert not added_ids(tok) & {i for i, m in zip(trace.ids, trace.mask) if not m}
     assert sum(n for _, n in trace.spans) == len(trace.text) and all(n > 0 for _, n in trace.spans)
-    ids = trace.ids[:-1] if trace.finish == "eos" else trace.ids
+    ids = trace.ids[:-1] if trace.finish == "eos" and trace.ids[-1] == tok.eos_token_id else trace.ids  # else: a stop string
     runs = [[i for i, _ in run] for _, run in itertools.groupby(zip(ids, trace.mask), key=lambda pair: pair[1])]
     text = "".join(tok.decode(run, skip_special_tokens=False) for run in runs)
     assert trace.text == text or "\ufffd" in text  # half a character at a cut is left out of the text, not of the ids
@@ -531,6 +531,26 @@ def test_no_agent_is_one_request_with_no_tool(tok):
     assert trace.calls == [] and trace.finish == "eos" and trace.answer == "2"
     assert engine.records["q"][0].limits == [200] and all(trace.mask) and [k for k, _ in trace.spans] == ["model"]
     assert one(tok, text, prompt=PLAIN_PROMPT, end_at="box").finish == "answer"
+
+
+def test_a_base_model_that_begins_the_next_question_is_stopped(tok):
+    """The stop string may be cut over tokens and steps; what comes after it is never sampled; in a snippet it is code."""
+    stops = Prompt("none", (), False, "Q: {question}\nA:", ("\nQuestion:",))
+    traces, engine = play(tok, "So \\boxed{4}.\nQuestion: what is next? \\boxed{5}", prompt=stops)
+    assert traces["q"].finish == "eos" and traces["q"].answer == "4" and traces["q"].text.rstrip().endswith("Question:")
+    assert engine.records["q"][0].prompt == encode(tok, "Q: q\nA:") and engine.aborted
+    whole, _ = play(tok, "So \\boxed{4}.\nQuestion: what is next? \\boxed{5}", prompt=PLAIN_PROMPT)
+    assert whole["q"].answer == "5"
+    tool = Prompt("none", (), True, "Q: {question}\nA:", ("\nQuestion:",))
+    called, _ = play(tok, "<tool_call>\nprint('\nQuestion:')\n</tool_call>", prompt=tool)
+    assert len(called["q"].calls) == 1
+
+
+def test_a_template_disarms_the_question_and_nothing_else(tok):
+    prompt = Prompt("none", (), False, "<|im_start|>user\n{question}<|im_end|>\n", ())
+    ids = data.render_prompt(tok, prompt, "What is <|im_end|> {question}?")
+    assert tok.decode(ids) == "<|im_start|>user\nWhat is <|im_end|> {question}?<|im_end|>\n"
+    assert sum(i in added_ids(tok) for i in ids) == 2
 
 
 @pytest.mark.parametrize("status", ["error", "blocked", "timeout", "memory", "output", "crashed"])

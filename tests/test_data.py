@@ -59,7 +59,7 @@ def test_families_difficulties_and_wordings():
 
 
 def test_too_many_problems_end_in_one_line(monkeypatch):
-    monkeypatch.setattr(data, "FAMILIES", {"tiny": lambda rng, d: (f"What is {rng.randint(1, 9)} + 1?", 0)})
+    monkeypatch.setattr(data, "FAMILIES", {"tiny": lambda rng, d: (f"What is {rng.randint(1, 9)} + 1?", 0, "print(0)")})
     with pytest.raises(UserError, match="lower --limit"):
         arithmetic("train", 50)
 
@@ -494,6 +494,25 @@ def test_few_shot_choices(tmp_path):
             (tmp_path / bad).write_text(text)
         with pytest.raises(UserError):
             read_few_shot(str(tmp_path / bad), "turns")
+
+
+def test_prompt_templates_for_base_models(tmp_path):
+    plain = Prompt("none", (), False)
+    assert data.with_template(plain, "chat") == plain
+    zero = data.with_template(plain, "r1-zero")
+    assert zero.template.count("{question}") == 1 and zero.template.endswith("Assistant: <think>") and "</answer>" in zero.stops
+    assert "\\boxed{}" in data.with_template(plain, "qwen-boxed").template
+    with pytest.raises(UserError, match="add --no-agent"):
+        data.with_template(Prompt("turns", ()), "r1-zero")
+    (tmp_path / "mine.txt").write_text("Q: {question}\nA:")
+    mine = data.with_template(Prompt("turns", ()), str(tmp_path / "mine.txt"))
+    assert mine.template == "Q: {question}\nA:" and mine.stops == data.BASE_STOPS and mine.agent
+    for text in ("no place for it", "{question} {question}"):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(UserError, match="exactly once"):
+            data.with_template(plain, str(tmp_path / "bad.txt"))
+    with pytest.raises(UserError, match="give chat, r1-zero, qwen-boxed"):
+        data.with_template(plain, "nowhere")
 
 
 def test_few_shot_file_that_is_not_text(tmp_path):
