@@ -427,6 +427,8 @@ def prepare_environment(verbose: bool) -> None:
     }
     for key, value in {**(quiet if not verbose else {}), **fast}.items():
         os.environ.setdefault(key, value)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)  # torchrun's, see take_rank: vLLM reads them too, and is alone in this process
 
 
 @contextlib.contextmanager

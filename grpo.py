@@ -278,8 +278,6 @@ class Team:
 
             store, _, _ = next(dist.rendezvous("env://"))
             self.group = dist.ProcessGroupGloo(dist.PrefixStore("grpo", store), rank, size, timedelta(hours=6))
-            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                os.environ.pop(name, None)  # vLLM reads them too, and is alone in this process
 
     def wait(self, work) -> None:
         try:
