@@ -887,6 +887,28 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, match):
     assert time.monotonic() - started < 4  # 0.3 s on an idle machine: no torch, no engine
 
 
+def test_the_embedded_model_has_an_adapter_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(agent, "ADAPTER", tmp_path)
+    monkeypatch.setattr(agent, "has_cuda", lambda: False)
+    assert agent.chosen_lora("embedded", None) == agent.chosen_lora(None, None) == str(tmp_path)
+    assert agent.chosen_lora("embedded", "none") is None and agent.chosen_lora("embedded", "mine") == "mine"
+    assert agent.chosen_lora("Qwen/Qwen3-4B", None) is None
+    monkeypatch.setattr(agent, "has_cuda", lambda: True)
+    assert agent.chosen_lora(None, None) is None  # Intel/deepmath-v1
+    monkeypatch.setattr(agent, "ADAPTER", tmp_path / "nothing")
+    assert agent.chosen_lora("embedded", None) is None
+
+
+def test_a_rank_keeps_to_its_share_of_the_cores():
+    program = "import os, agent; print(agent.take_rank(), sorted(os.sched_getaffinity(0)), os.environ.get('OMP_NUM_THREADS'))"
+    cores = sorted(os.sched_getaffinity(0))
+    for rank in (0, 1):
+        there = {**os.environ, "RANK": str(4 + rank), "WORLD_SIZE": "8", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+        shown = subprocess.run([sys.executable, "-c", program], cwd=ROOT, env=there, capture_output=True, text=True, check=True).stdout
+        mine = cores[rank::2] or cores
+        assert shown == f"({4 + rank}, 8) {mine} {len(mine)}\n"
+
+
 def test_a_broken_adapter_configuration_is_one_line(tmp_path):
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     for text in ("{", "{}", "[]", '{"r": null}', '{"r": "many"}'):
@@ -931,7 +953,7 @@ def test_a_model_that_is_not_there(tmp_path):
 
 QUESTIONS = ["What is 318 times 27?", "What is 2345 + 6789 - 123?", "How many primes are there between 10 and 90?"]
 JOBS = [(Problem(problem_id(q), q, None), i) for q in QUESTIONS for i in range(2)]
-RAW = ["--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-tokens", "64"]
+RAW = ["--lora", "none", "--temperature", "1", "--top-p", "1", "--top-k", "0", "--max-tokens", "64"]
 
 
 @pytest.fixture(scope="module")

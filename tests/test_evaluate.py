@@ -363,6 +363,28 @@ def test_killed_anywhere_it_ends_like_the_unbroken_run(tmp_path, finished):
     assert text == printed
 
 
+def test_two_ranks_print_the_table_of_one_and_a_killed_rank_ends_the_job(tmp_path, finished):
+    out = tmp_path / "run"
+
+    def ranks(pause):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *scripted(tmp_path, pause)[1:], "--out", str(out)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    process, end = ranks(0.05), time.monotonic() + 60
+    while not ((out / "traces-1.jsonl").exists() and (out / "traces-1.jsonl").stat().st_size):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int([pid for pid in children if b"driver" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]), signal.SIGKILL)
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    again = ranks(0.0)
+    text, _ = again.communicate(timeout=100)
+    assert again.returncode == 0 and text == finished[1]
+    shares = [len((out / name).read_text().splitlines()) for name in ("traces.jsonl", "traces-1.jsonl")]
+    assert shares == [60, 60] and evaluate.read_run_traces(out) == rows_of(finished[0])
+
+
 def test_a_torn_line_is_cut_off_and_sampled_again(tmp_path, finished):
     out = tmp_path / "run"
     out.mkdir()
