@@ -5,7 +5,7 @@ r"""Evaluation: run a benchmark, extract, compare, vote, measure, report.
     python evaluate.py --report runs/baseline runs/agent         # Markdown: accuracy, length, differences, breakdowns
     python evaluate.py --dataset math500,amc23 --out runs/two    # several sets, one engine, one table
     python evaluate.py --ablation --lora runs/grpo/adapter --dataset arithmetic --out runs/ablation    # the four rows
-    torchrun --nproc-per-node 8 evaluate.py --dataset math500    # each rank an engine and a share of the traces
+    torchrun --nproc-per-node 8 -- evaluate.py --dataset math500 --n 16    # each rank an engine and a share of the traces
     python evaluate.py --grade outputs.jsonl                     # rows made elsewhere: `gold` or `answer`, and `text`
 
 What happens, in reading order:

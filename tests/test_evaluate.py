@@ -367,7 +367,7 @@ def test_two_ranks_print_the_table_of_one_and_a_killed_rank_ends_the_job(tmp_pat
     out = tmp_path / "run"
 
     def ranks(pause):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *scripted(tmp_path, pause)[1:], "--out", str(out)]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", *scripted(tmp_path, pause)[1:], "--out", str(out)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
     process, end = ranks(0.05), time.monotonic() + 60

@@ -43,7 +43,8 @@ BENCH = [
 COPIES = {
     "exact": [BENCH[2], r"Compute \(\frac{3}{7}+\tfrac{2}{5}\) and write the result as a common fraction, in lowest terms!", r"DETERMINE all x for which $|2x-5| \le 17$"],
     "ngram": ["Here is an old favourite of mine. " + BENCH[3] + " Explain your reasoning in detail, and generalise to n books on k shelves if you are able to do so."],
-    "minhash": ["In how many ways can 12 different books be arranged on 3 shelves such that each of the shelves holds exactly 4 books?"],
+    "minhash": ["A train leaves the station at 60 miles per hour, while a second train leaves 45 minutes later at 80 miles an hour. After how many hours will the "
+                "second train catch up?"],
     "numbers": ["One train departs the station moving 60 miles per hour. Some 45 minutes afterwards another train sets out behind it, doing 80 miles per hour. "
                 "When, in hours, will it overtake?"],
 }  # fmt: skip
