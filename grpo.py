@@ -539,7 +539,7 @@ def draw_curves(out: Path) -> None:
         for name in names:
             points = [(r["step"], r[name]) for r in rows if r.get(name) is not None]
             axes.plot(*zip(*points) if points else ([], []), marker="." if len(points) < 60 else None, label=name)
-        axes.legend(fontsize=8), axes.grid(alpha=0.3), axes.set_xlabel("step")
+        axes.legend(fontsize=8, framealpha=0.4), axes.grid(alpha=0.3), axes.set_xlabel("step")
     figure.savefig(out / ".curves.png", dpi=100)
     (out / ".curves.png").replace(out / "curves.png")
 
