@@ -922,7 +922,7 @@ def read_run_traces(out: Path) -> dict[tuple[str, int], dict]:
 def write_json(path: Path, value, lines: bool = False) -> None:
     """Write a whole file or none of it."""
     text = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at once
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
 

@@ -496,7 +496,7 @@ def test_report_by_hand(tmp_path):
     second = text[text.index("## Difference") :]
     assert cells(second, "B", 1).startswith("+25.0 [+0.0, +50.0]") and cells(second, "B", 2).startswith("-70.0 ") and cells(second, "B", 3) == "2"
     by_level = text[text.index("| level |") :]
-    assert cells(by_level, "1", 2) == "100.0" and cells(by_level, "2", 2) == "0.0" and cells(by_level, "2", 3) == "50.0"
+    assert cells(by_level, "1", 2) == "100.0 / 200" and cells(by_level, "2", 2) == "0.0 / 50" and cells(by_level, "2", 3).startswith("50.0 / ")
 
 
 def test_lengths_before_the_box():

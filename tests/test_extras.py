@@ -195,7 +195,7 @@ def test_warm_start_teaches_and_its_adapter_is_loaded(tmp_path):
     done = tool("warm_start", "--model", "embedded", "--where", "family=product", "--limit", "24", "--problems", "8", "--out", tmp_path / "w")
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
-    assert [r["step"] for r in rows] == [1, 2, 3] and rows[2]["cross_entropy"] < rows[0]["cross_entropy"] - 0.1
+    assert [r["step"] for r in rows] == [1, 2, 3] and rows[2]["cross_entropy"] < rows[0]["cross_entropy"] / 2
     import agent
 
     assert agent.adapter_config(str(tmp_path / "w" / "adapter"))["r"] == 16
