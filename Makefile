@@ -10,10 +10,10 @@ ROWS   := baseline grpo agent warm-start deepmath
 comma  := ,
 GSM8K  ?= gsm8k
 SVAMP  ?= svamp
-EVAL    = $(PY) evaluate.py --n 16 --max-tokens 256
+EVAL    = $(PY) evaluate.py --n 16 --max-tokens 256 --batch 256
 five    = $(EVAL) $(2) --ablation --lora $(RUN)/grpo/adapter --out $(1) >/dev/null && \
           $(EVAL) $(2) --lora $(RUN)/warm/adapter --name "Warm start" --out $(1)/warm-start >/dev/null && \
-          $(PY) extras/report.py $(ROWS:%=$(1)/%) --out $(1) && $(PY) evaluate.py --report $(ROWS:%=$(1)/%) | tee $(1)/table.md
+          $(PY) extras/report.py $(ROWS:%=$(1)/%) --out $(1) && $(PY) evaluate.py --report $(ROWS:%=$(1)/%) >$(1)/table.md && cat $(1)/table.md
 
 .PHONY: help setup demo reproduce reproduce-full test test-all clean
 
@@ -34,8 +34,8 @@ demo: setup
 	@$(PY) agent.py --seed 0 "$$DEMO"
 
 reproduce: setup
-	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --limit 600 --out $(RUN)/warm
-	@test -d $(RUN)/grpo/adapter || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 15 --loss dr_grpo --lr 2e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
+	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --out $(RUN)/warm
+	@test -d $(RUN)/grpo/adapter || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 20 --loss dr_grpo --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
 	@$(call five,$(RUN)/table,--model embedded --dataset arithmetic --limit 64)
 
 reproduce-full: reproduce

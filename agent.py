@@ -159,15 +159,17 @@ class Agent:
         jobs, notify = iter(jobs), on_event or (lambda *_: None)
         decoding: dict[str, Trace] = {}  # engine request -> trace
         running: dict[Session, Trace] = {}  # its snippet is in the sandbox
+        slots = 1  # then 8, 64, ...: prompts that arrive together cannot share a beginning that none of them has computed yet
         try:
             while True:
-                while len(decoding) < self.slots and len(running) < 4 * self.slots and (job := next(jobs, None)):
+                while len(decoding) < slots and len(running) < 4 * self.slots and (job := next(jobs, None)):
                     trace = self.begin(*job)
                     if trace.finish or not self.request(trace, decoding):
                         yield self.end(trace)
                 if not decoding and not running:
                     return
 
+                slots = min(self.slots, 8 * slots) if decoding else slots
                 for output in self.engine.step() if decoding else ():
                     trace = decoding.get(output.request_id)
                     if trace is None:  # aborted in this very step
@@ -466,6 +468,27 @@ def plain_lora_products() -> None:
     PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
 
 
+def quick_top_k_top_p() -> None:
+    """On a CPU, vLLM sorts the whole vocabulary for top-p: a third of a decoding step. After top-k only k tokens are left."""
+    from vllm.v1.sample.ops import topk_topp_sampler as sampler
+
+    original = sampler.apply_top_k_top_p
+
+    def apply(logits, k, p):  # logits (B, V), k (B,), p (B,) or None -> logits with -inf where nothing may be sampled
+        most = 0 if k is None or p is None else int(k.max())
+        if not 0 < most <= 1024:
+            return original(logits, k, p)
+        values, index = logits.topk(most, dim=-1)  # (B, most), largest first
+        place = index.new_tensor(range(most))
+        values.masked_fill_(place >= k.unsqueeze(1), -math.inf)
+        tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # probability of this token and all less likely ones
+        values.masked_fill_((tail <= 1 - p.unsqueeze(1)) & (place > 0), -math.inf)
+        return logits.fill_(-math.inf).scatter_(-1, index, values)
+
+    apply.original = getattr(original, "original", original)
+    sampler.apply_top_k_top_p = apply
+
+
 def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
     """A vLLM LLMEngine in this process, and the LoRARequest for it (or None)."""
     from vllm import EngineArgs, LLMEngine
@@ -486,6 +509,7 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
         # vLLM's logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
         options |= {"dtype": "float32", "enforce_eager": True,
                     "enable_chunked_prefill": False, "max_num_batched_tokens": max(max_len, 8192), "block_size": 32}  # fmt: skip
+        quick_top_k_top_p()
         if lora:
             plain_lora_products()
     engine = LLMEngine.from_engine_args(EngineArgs(

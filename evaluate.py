@@ -1224,6 +1224,7 @@ def adapter_digest(folder: str | None) -> str | None:
 
 def run(args) -> int:
     """Sample what is missing in the run's folder, then print its report."""
+    rank, ranks = take_rank()  # before anything can import torch
     sampling = asdict(settings_from(args))  # a wrong flag ends here, before anything is loaded
     model = args.model or ("Intel/deepmath-v1" if has_cuda() else "embedded")
     names = [name for name in args.dataset.split(",") if name]
@@ -1238,11 +1239,11 @@ def run(args) -> int:
     settings = {"model": model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
     config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings, "limit": args.limit,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.uname().nodename}, {os.cpu_count()} cores"}  # fmt: skip
-    rank, ranks = take_rank()
     file_name = f"traces-{rank}.jsonl" if rank else "traces.jsonl"
     done = open_run(out, config, rows, file_name)
     # A rank's share goes by place, not by what is missing: ranks may look into the folder at different moments.
-    every = [(p, i) for p in problems.values() for i in range(args.n)]
+    # All problems' first traces come before the second ones: those find their prompt in the engine's cache.
+    every = [(p, i) for i in range(args.n) for p in problems.values()]
     jobs = [(p, i) for place, (p, i) in enumerate(every) if place % ranks == rank and (p.id, i) not in done]
     if jobs:
         sample(args, out / file_name, problems, jobs, done)

@@ -42,8 +42,11 @@ Differences from the published recipe (preset paper has its numbers), with the r
   9. The warm-up's first learning rate is lr / warm-up steps, not 0: that step would be wasted.
  10. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
 
-Memory and speed: the prompts' common prefix (examples, mostly) runs forward and backward once per update, whatever the
-number of traces; logits exist for sampled positions only, a chunk at a time; the base model is the same one, adapter off.
+Memory and speed: the prompts' common prefix (examples, mostly) runs twice forward and once backward per update, whatever
+the number of traces; logits exist for sampled positions only, a chunk at a time; the base model is the same one, adapter off.
+
+A trap of small rewards: where nobody in a group is right, dividing by the group's std makes a 0.1 for a snippet that ran as
+large as a 1.0 for a right answer elsewhere, and the easiest snippet wins. dr_grpo does not divide.
 
 Several GPUs: every rank of torchrun has its own engine and samples its share of the problems; then the ranks exchange
 their traces, so that all of them know the whole step and its one token count; each takes a share of the traces through
@@ -77,7 +80,7 @@ from pathlib import Path
 from agent import Trace, add_model_flags, adapter_config, context_length, has_cuda, open_agent, prepare_environment
 from agent import resolve_model, settings_from, take_rank, trace_seed
 from data import SOURCES, Parser, Problem, UserError, add_data_flags, embedded_model, go_offline_without_hub
-from data import load_from_flags, render_prompt, run_main
+from data import load_from_flags, run_main
 from evaluate import Grader, Verdict
 
 PRESETS = {
@@ -311,7 +314,7 @@ def roll_out(agent, grader, problems: list[Problem], G: int, weights: dict[str, 
     """G traces of each problem, scored: a list of len(problems) groups. Answers are compared while others decode."""
     clock["rollout"] -= time.monotonic()
     mine = [(b, p) for b, p in enumerate(problems) if b % team.size == team.rank]
-    jobs = [(p, b * G + g) for b, p in mine for g in range(G)]
+    jobs = [(p, b * G + g) for g in range(G) for b, p in mine]  # a group's later traces find their prompt in the engine's cache
     pending = [(trace, grader.submit(trace.problem.answer, trace.answer)) for trace in agent.rollout(jobs)]
     pending.sort(key=lambda item: item[0].sample)
     clock["rollout"] += (now := time.monotonic())
@@ -469,21 +472,8 @@ def sync(agent, model, live: Path, step: int) -> None:
     agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder.resolve()))
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()
-    warm(agent)
     for old in set(live.iterdir()) - {folder}:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def warm(agent) -> None:
-    """Put the prompts' common prefix (the examples) into the engine's cache, once: prompts that arrive together cannot
-    share what none of them has computed yet."""
-    from vllm import SamplingParams
-
-    prompts = [render_prompt(agent.tokenizer, agent.settings.prompt, question) for question in ("1 + 1?", "What is it?")]
-    if shared := prompts[0][: common_prefix(prompts)]:
-        agent.engine.add_request("warm", {"prompt_token_ids": shared}, SamplingParams(max_tokens=1), lora_request=agent.lora)
-        while agent.engine.has_unfinished_requests():
-            agent.engine.step()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -721,6 +711,7 @@ def main() -> int:
     if args.merge:
         prepare_environment(args.verbose)
         return merge(args.merge, None if args.model == PRESETS[args.preset]["model"] else args.model) or 0
+    rank, ranks = take_rank()  # before anything can import torch
     check_flags(args)
     weights = parse_weights(args.reward_weights)
     flags = {k: v for k, v in vars(args).items() if k not in ("out", "resume", "merge", "temperature", "verbose")}
@@ -737,7 +728,6 @@ def main() -> int:
         raise UserError(f"model {folder!r} cannot be had ({(str(error).strip() or '?').splitlines()[0][:120]})") from None
     if context and args.max_tokens >= context:
         raise UserError(f"--max-tokens {args.max_tokens}: the model's context is {context} tokens, prompt included")
-    rank, ranks = take_rank()
     if ranks > args.problems:
         raise UserError(f"--problems {args.problems} is less than the {ranks} ranks: each needs one at least")
     with contextlib.ExitStack() as stack:

@@ -1,6 +1,6 @@
 """A short supervised stage before GRPO: the model reads worked solutions until it can imitate them.
 
-    python extras/warm_start.py --limit 600 --out runs/warm                              # arithmetic's own solutions
+    python extras/warm_start.py --out runs/warm                                          # arithmetic's own solutions, 1,200
     python extras/warm_start.py --from-traces runs/agent --out runs/warm                 # the model's own correct traces
     python extras/warm_start.py --dataset deepmath-103k --solution-key r1_solution_1 --no-agent --limit 2000 --out runs/warm
     python grpo.py --lora runs/warm/adapter
@@ -69,8 +69,8 @@ def solutions(args) -> list[tuple[Problem, list[tuple[str, bool]]]]:
                     found.append((problem, [(row["text"][end - n : end], kind != "output") for end, (kind, n) in zip(ends, row["spans"], strict=True)]))
         random.Random(args.seed).shuffle(found)
         return found[: args.limit]
-    if args.dataset == "arithmetic" and args.split is None:
-        args.split = "train"
+    if args.dataset == "arithmetic":
+        args.split, args.limit = args.split or "train", args.limit or 1200  # it has no end of its own
     problems = load_from_flags(args)
     key = args.solution_key or next((k for k in SOLUTION_KEYS if k in problems[0].meta), None)
     if key not in problems[0].meta:

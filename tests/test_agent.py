@@ -27,7 +27,7 @@ from hypothesis import strategies as st
 
 import agent
 import data
-from agent import OUTPUT_TOKENS, Agent, Settings, boxes, extract_answer, snippet_in, trace_seed
+from agent import OUTPUT_TOKENS, Agent, Settings, boxes, extract_answer, quick_top_k_top_p, snippet_in, trace_seed
 from data import SPLIT, Problem, Prompt, UserError, disarm, encode, problem_id
 from sandbox import Result, Sandbox
 
@@ -115,7 +115,7 @@ class FakeEngine:
     """Plays scripts[question] token by token, then the end-of-text token. One token per request and step, like vLLM."""
 
     def __init__(self, tok, prompt: Prompt, scripts: dict[str, list[int]], max_len: int):
-        self.tok, self.max_len, self.steps, self.names, self.aborted, self.peak = tok, max_len, 0, set(), [], 0
+        self.tok, self.max_len, self.steps, self.names, self.aborted, self.peak, self.stops = tok, max_len, 0, set(), [], 0, prompt.stops
         self.active: dict[str, types.SimpleNamespace] = {}
         self.records = {q: [] for q in scripts}
         self.scripts = [(data.render_prompt(tok, prompt, q), q, s) for q, s in scripts.items()]
@@ -279,7 +279,9 @@ def check(tok, trace, engine):
     assert trace.sampled == sum(trace.mask)
     assert not added_ids(tok) & {i for i, m in zip(trace.ids, trace.mask) if not m}
     assert sum(n for _, n in trace.spans) == len(trace.text) and all(n > 0 for _, n in trace.spans)
-    ids = trace.ids[:-1] if trace.finish == "eos" and trace.ids[-1] == tok.eos_token_id else trace.ids  # else: a stop string
+    stopped = any(stop in trace.text for stop in engine.stops)
+    assert trace.finish != "eos" or stopped or trace.ids[-1] == tok.eos_token_id
+    ids = trace.ids[:-1] if trace.finish == "eos" and trace.ids[-1] == tok.eos_token_id else trace.ids
     runs = [[i for i, _ in run] for _, run in itertools.groupby(zip(ids, trace.mask), key=lambda pair: pair[1])]
     text = "".join(tok.decode(run, skip_special_tokens=False) for run in runs)
     assert trace.text == text or "\ufffd" in text  # half a character at a cut is left out of the text, not of the ids
@@ -637,8 +639,34 @@ def test_an_output_that_is_back_waits_for_nobody(tok):
     jobs = [(Problem(problem_id(q), q, None), 0) for q in scripts]
     first = next(rollout := Agent(engine, tok, FakeBox(delay=3), Settings(AGENT_PROMPT), 4096).rollout(jobs))
     assert first.problem.question == "short" and first.answer == "42" and len(engine.active) == 1
-    assert engine.steps == first.sampled + 3  # its own tokens, and the three steps of the other for which its snippet was away
+    # its own tokens, the three steps of the other for which its snippet was away, and the first step, which the other had alone
+    assert engine.steps == first.sampled + 3 + 1
     rollout.close()
+
+
+def test_the_first_prompts_are_computed_before_others_need_their_beginning(tok):
+    """1 trace, then 8, then all: prompts that arrive in one step cannot share what none of them has computed."""
+    scripts = {f"p{i}": "word " * 30 + "\\boxed{1}" for i in range(100)}
+    engine, arrivals = FakeEngine(tok, AGENT_PROMPT, {q: sampled_ids(tok, s) for q, s in scripts.items()}, 4096), []
+    step = engine.step
+    engine.step = lambda: (arrivals.append(len(engine.active)), step())[1]
+    list(Agent(engine, tok, FakeBox(), Settings(AGENT_PROMPT), 4096, slots=80).rollout([(Problem(q, q, None), 0) for q in scripts]))
+    assert arrivals[:4] == [1, 8, 64, 80]
+
+
+@pytest.mark.parametrize("k, p", [(20, 0.95), (20, 0.3), (1, 0.9), (20, 1.0), (5, 1e-6), ("mixed", 0.8)])
+def test_top_k_top_p_without_sorting_is_vllms_own(k, p):
+    import torch
+    from vllm.v1.sample.ops import topk_topp_sampler as sampler
+
+    quick_top_k_top_p()
+    logits = 3 * torch.randn(16, 5000, generator=torch.Generator().manual_seed(0))
+    ks = torch.tensor([1, 2, 7, 50] * 4 if k == "mixed" else [k] * 16)
+    ps = torch.full((16,), p)
+    expected = sampler.apply_top_k_top_p.original(logits.clone(), ks.clone(), ps)
+    found = sampler.apply_top_k_top_p(logits.clone(), ks.clone(), ps)
+    assert torch.equal(found, expected) and 16 <= found.isfinite().sum() <= ks.sum()
+    assert torch.equal(sampler.apply_top_k_top_p(logits.clone(), None, ps), sampler.apply_top_k_top_p.original(logits.clone(), None, ps))
 
 
 def test_out_of_order_returns(tok):

@@ -437,7 +437,6 @@ def scripted(tricks=()):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "open_agent", open_agent)
-        patch.setattr(grpo, "warm", lambda agent: None)
         for name in ("vllm", "vllm.lora"):
             patch.setitem(sys.modules, name, types.ModuleType(name))
         patch.setitem(sys.modules, "vllm.lora.request", request)
