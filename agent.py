@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Parser, Problem, Prompt, UserError, disarm, embedded_model, encode
-from data import go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main, with_template
+from data import go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main, whole_safetensors, with_template
 from sandbox import Result, Sandbox, SandboxError, Session
 
 OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
@@ -372,6 +372,9 @@ def adapter_config(folder: str) -> dict:
     path = Path(folder)
     if not (path / "adapter_config.json").is_file() or not any(path.glob("adapter_model.*")):
         raise UserError(f"--lora {folder}: not a PEFT adapter folder (it needs adapter_config.json and adapter_model.safetensors)")
+    damaged = [file.name for file in path.glob("adapter_model.safetensors") if not whole_safetensors(file)]
+    if damaged:
+        raise UserError(f"--lora {folder}: {damaged[0]} is damaged or cut off: copy it again, or train again")
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         return {"r": int(config["r"]), "base_model_name_or_path": config.get("base_model_name_or_path"), **config}
@@ -532,8 +535,6 @@ def open_agent(args, problems: list[Problem] = ()):
     settings = settings_from(args)
     if args.model not in (None, "embedded") or has_cuda():
         go_offline_without_hub()
-    if args.lora not in (None, "none"):
-        adapter_config(args.lora)
     with contextlib.ExitStack() as stack:
         box = stack.enter_context(Sandbox(mode=args.sandbox)) if settings.prompt.agent else None
         model, lora = resolve_model(args.model, args.lora)
@@ -605,6 +606,8 @@ def settings_from(args) -> Settings:
     for name, most in {"top_p": 1, "gpu_memory_utilization": 1, "snippet_seconds": 3600}.items():
         if not 0 < getattr(args, name) <= most:
             raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}")
+    if args.lora not in (None, "none"):
+        adapter_config(args.lora)
     style = "turns" if small else "system"
     prompt = with_template(read_few_shot(args.few_shot or style, style, agent=not args.no_agent), args.prompt)
     return Settings(prompt, args.temperature, args.top_p,

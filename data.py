@@ -21,6 +21,7 @@ hundred rows; a list of records is all the machinery it needs.
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import importlib.util
 import json
@@ -29,6 +30,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import socket
 import sys
 import tempfile
@@ -61,9 +63,20 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the flags)")
 
 
+DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO,
+        errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP)  # fmt: skip
+
+
 def run_main(main) -> None:
-    """Run a script's main(): a UserError is one line on stderr and exit code 2, Ctrl-C is 130, never a traceback."""
-    name = Path(sys.argv[0]).name
+    """Run a script's main(): a UserError, or a disk that is full or not ours, is one line on stderr and exit code 2, Ctrl-C
+    is 130 and SIGTERM 143, never a traceback."""
+    name, signals = Path(sys.argv[0]).name, []
+
+    def terminate(number, _):
+        signals.append(number)
+        raise KeyboardInterrupt  # the same way out: what runs is closed, what is finished is kept
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -71,12 +84,29 @@ def run_main(main) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
-        code = 130
+        print(f"{name}: {'terminated' if signals else 'interrupted'}", file=sys.stderr)
+        code = 143 if signals else 130
     except BrokenPipeError:  # `python data.py ... | head`: the reader has left, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"{name}: {error.strerror}{where}: mend that and give the same command again; what was finished is kept", file=sys.stderr)
+        code = 2
     sys.exit(code)
+
+
+def whole_safetensors(path: Path) -> bool:
+    """Whether a .safetensors file has all the bytes that its header promises: a copy or a write that broke off has not."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size)) if size < 1 << 27 else {}
+        return path.stat().st_size == 8 + size + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -659,7 +689,10 @@ def embedded_model() -> Path:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepmath"
     target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
     if (target / "config.json").is_file():
-        return target
+        if whole_safetensors(target / "model.safetensors"):
+            return target
+        print(f"the copy of the embedded model in {target} is damaged: it is made again", file=sys.stderr, flush=True)
+        shutil.rmtree(target, ignore_errors=True)
     print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM

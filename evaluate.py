@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent import Trace, add_model_flags, boxes, chosen_lora, extract_answer, has_cuda, open_agent, settings_from, take_rank
-from data import Problem, UserError, add_data_flags, load_from_flags, run_main
+from data import Parser, Problem, UserError, add_data_flags, load_from_flags, run_main
 
 # ---------------------------------------------------------------------------------------------------------------
 # Are two answers the same? Strings in, True or False out. `quick` needs nothing but this file; `same` may need sympy
@@ -700,8 +700,9 @@ class Grader:
             self.processes.add(process)
         return process
 
-    def _ask(self, gold: str, answer: str) -> Verdict:
-        """Send one pair to an idle worker and wait; a worker that dies or is late is replaced."""
+    def _ask(self, gold: str, answer: str, again: bool = True) -> Verdict:
+        """Send one pair to an idle worker and wait; a worker that dies or is late is replaced, and one that died of another
+        cause than the pair's own time is asked a second time: somebody else may have killed it."""
         worker, status, lasting = self.workers.get(), "crashed", True
         try:
             worker = worker or self._start()
@@ -725,6 +726,8 @@ class Grader:
                 worker = None
         finally:
             self.workers.put(worker)
+        if status == "crashed" and worker is None and again and not self.closed:
+            return self._ask(gold, answer, again=False)
         if self.cache and lasting and not self.closed:
             with self.lock:
                 self.cache.write(json.dumps([gold, answer, *verdict]) + "\n")
@@ -758,13 +761,14 @@ def grading_worker(seconds: float, memory: int) -> None:
 def open_cache(path: Path, known: dict):
     """The verdict file, open for appending, its verdicts already in `known`; begun anew when the rules have changed."""
     version = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
-    lines = path.read_text().splitlines() if path.exists() else []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     if lines[:1] == [json.dumps({"grader": version})]:
         for line in lines[1:]:
-            with contextlib.suppress(ValueError):  # a torn last line
-                gold, answer, *verdict = json.loads(line)
-                known[gold, answer] = Future()
-                known[gold, answer].set_result(Verdict(*verdict))
+            with contextlib.suppress(ValueError, TypeError):  # a torn last line
+                gold, answer, equal, status = json.loads(line)
+                future = known.setdefault((gold, answer), Future())
+                if not future.done():
+                    future.set_result(Verdict(equal, status))
         file = path.open("a")
         file.write("" if path.read_bytes().endswith(b"\n") else "\n")
     else:
@@ -892,22 +896,21 @@ def trace_row(trace: Trace, tokenizer) -> dict:
             "seconds": round(trace.seconds, 3), "text": trace.text, "spans": trace.spans}  # fmt: skip
 
 
-def read_traces(path: Path, repair: bool = False) -> dict[tuple[str, int], dict]:
-    """(problem id, sample) -> row; a line torn by a kill is left out, and cut off the file when it is to be repaired."""
-    rows, good = {}, 0
+def read_traces(path: Path) -> dict[tuple[str, int], dict]:
+    """(problem id, sample) -> row. A line that a kill cut in two is left out, a damaged one with a word."""
+    rows, damaged = {}, 0
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
+                    row = json.loads(line)
                     rows.setdefault((row["id"], row["sample"]), row)
                 except (ValueError, TypeError, KeyError):
-                    if line.endswith(b"\n") and not repair:
-                        raise UserError(f"{path}: line {len(rows) + 1} is not a trace; this file was not written by evaluate.py") from None
-                    break
-                good += len(line)
-        if repair and good < path.stat().st_size:
-            os.truncate(path, good)
+                    damaged += line.endswith(b"\n")
+    if damaged and not rows:
+        raise UserError(f"{path}: no line is a trace; this file was not written by evaluate.py")
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out; the run's own command samples them again", file=sys.stderr)
     return rows
 
 
@@ -957,7 +960,6 @@ def open_run(out: Path, config: dict, problems: list[dict], file_name: str = "tr
         raise UserError(f"{out} has traces but no config.json: give another folder with --out")
     write_json(out / "problems.jsonl", problems, lines=True)
     write_json(file, config)
-    read_traces(out / file_name, repair=True)
     return read_run_traces(out)
 
 
@@ -1270,6 +1272,9 @@ def sample(args, path: Path, problems: dict[str, Problem], jobs: list[tuple[Prob
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise UserError(f"another run is writing into {out}: wait for it, or give another --out") from None
+        whole = path.read_bytes().rfind(b"\n") + 1
+        if whole < path.stat().st_size:
+            os.truncate(path, whole)  # a line that a kill cut in two
         agent = stack.enter_context(open_agent(args, list(problems.values())))
         alone = path.name == "traces.jsonl"  # the first rank, or the only one: it grades, the others have no one to tell
         grader = stack.enter_context(Grader(out / "grades.jsonl")) if alone and not args.no_grade else None
@@ -1341,7 +1346,7 @@ def ablation(args, argv: list[str]) -> None:
 def main() -> int:
     if sys.argv[1:2] == ["--grading-worker"]:
         return grading_worker(float(sys.argv[2]), int(sys.argv[3])) or 0
-    parser = argparse.ArgumentParser(description="Evaluate a model on benchmarks: accuracy by majority vote, lengths, calls.", allow_abbrev=False)
+    parser = Parser(description="Evaluate a model on benchmarks: accuracy by majority vote, lengths, calls.", allow_abbrev=False)
     # What to do
     group = parser.add_argument_group("what to do instead of a run")
     group.add_argument("--report", nargs="+", type=Path, metavar="RUN", help="print a Markdown report of finished or unfinished runs; no model needed")

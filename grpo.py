@@ -440,14 +440,18 @@ def load_trainer(args, folder: str, adapter: Path | None):
 def save_adapter(model, folder: Path, dtype=None) -> None:
     """An ordinary PEFT adapter folder, written to a folder beside it and renamed: it is there whole or not at all."""
     from peft import get_peft_model_state_dict
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()},
-              work / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    try:
+        save_file({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()},
+                  work / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    except SafetensorError as error:
+        raise UserError(f"{folder} could not be written ({str(error).splitlines()[0][:100]}): make room; what was saved before is kept") from None
     config = copy.copy(model.peft_config["default"])
     config.inference_mode, config.target_modules = True, sorted(config.target_modules)
     if Path(str(config.base_model_name_or_path)) == embedded_folder():  # a cache folder's path means nothing elsewhere
@@ -481,19 +485,38 @@ def sync(agent, model, live: Path, step: int) -> None:
 
 
 def save_checkpoint(out: Path, model, optimizer, step: int, cursor: int) -> None:
-    """Everything that step + 1 depends on; the last two are kept."""
+    """Everything that step + 1 depends on; the last two are kept. Raises UserError where the disk does not take it."""
     import torch
 
     folder = out / "checkpoints" / f"step-{step:06d}"
     work = folder.with_name(".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    save_adapter(model, work / "adapter")
     devices = torch.cuda.get_rng_state_all() if has_cuda() else []
-    torch.save({"step": step, "cursor": cursor, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "random_cuda": devices}, work / "state.pt")
+    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "random_cuda": devices}
+    try:
+        save_adapter(model, work / "adapter")
+        torch.save(state, work / "state.pt")
+    except (OSError, RuntimeError, UserError) as error:  # torch has a RuntimeError for a full disk
+        shutil.rmtree(work, ignore_errors=True)
+        raise UserError(f"the checkpoint of step {step} could not be written ({(str(error).splitlines() or ['?'])[0][:100]}): make room, "
+                        f"then go on from the last one with --out {out} --resume") from None  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
     for old in checkpoints(out)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def last_checkpoint(out: Path, say) -> tuple[Path | None, dict]:
+    """The newest checkpoint that can be read and its state; a damaged one is passed over with a word."""
+    import torch
+
+    for folder in reversed(checkpoints(out)):
+        try:
+            adapter_config(str(folder / "adapter"))
+            return folder, torch.load(folder / "state.pt", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, UserError) as error:
+            say(f"{folder} is damaged and passed over ({str(error).splitlines()[0][:100]})", flush=True)
+    return None, {}
 
 
 def checkpoints(out: Path) -> list[Path]:
@@ -503,8 +526,8 @@ def checkpoints(out: Path) -> list[Path]:
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that a kill cut in two."""
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with contextlib.suppress(ValueError):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 rows.append(line + "\n")
     work = path.with_suffix(".tmp")
@@ -678,12 +701,10 @@ def check_flags(args) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
     if args.warmup > 1 or args.epsilon_low > 1 or args.lora_rank > 512:
         raise UserError("--warmup and --epsilon-low are at most 1, --lora-rank at most 512")
-    args.lora = args.lora or "none"  # a new adapter, where the other scripts take the one that we trained
+    args.lora = "none" if args.lora is None else args.lora  # a new adapter, where the other scripts take the one that we trained
     if args.tensor_parallel > 1:
         raise UserError("grpo.py trains on one GPU per rank: the model must fit one beside its engine (4B: 16 GB in bfloat16 for both, and the cache); "
                         "for more GPUs: torchrun --nproc-per-node N grpo.py ...")  # fmt: skip
-    if args.lora != "none":
-        adapter_config(args.lora)
     if args.wandb and not importlib.util.find_spec("wandb"):
         raise UserError("--wandb: the package is not installed: pip install wandb")
     if args.dataset == "arithmetic" and args.split is None:
@@ -752,12 +773,11 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     prepare_environment(args.verbose)
     import torch
 
-    last = checkpoints(out)[-1] if checkpoints(out) else None
+    last, state = last_checkpoint(out, say)
     model = load_trainer(args, folder, last / "adapter" if last else adapter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)
     step = cursor = 0
     if last:
-        state = torch.load(last / "state.pt", weights_only=True)
         step, cursor = state["step"], state["cursor"]
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "extras"))
 
+import agent  # noqa: E402
 import data  # noqa: E402
 import dataset_stats  # noqa: E402
 import decontaminate  # noqa: E402
@@ -196,7 +197,19 @@ def test_warm_start_teaches_and_its_adapter_is_loaded(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "w" / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3] and rows[2]["cross_entropy"] < rows[0]["cross_entropy"] / 2
-    import agent
+    import torch
 
-    assert agent.adapter_config(str(tmp_path / "w" / "adapter"))["r"] == 16
+    import grpo
+
+    args = grpo.parse_flags(["--preset", "mini", "--model", "embedded"])
+    folder, _ = agent.resolve_model("embedded", "none")
+    tokenizer, prompt = agent.load_tokenizer(folder), data.read_few_shot("turns", "turns")
+    model = grpo.load_trainer(args, folder, tmp_path / "w" / "adapter")
+    unseen = [p for p in arithmetic("test", 90) if p.meta["family"] == "product"][:4]
+    batch = [warm_start.demonstration(tokenizer, prompt, p, warm_start.pieces_of(p.meta["solution"]), 256).tokens for p in unseen]
+    with torch.no_grad():
+        trained = torch.cat(grpo.logprobs_of(model, batch, 1.0)).mean().item()
+        with model.disable_adapter():
+            untrained = torch.cat(grpo.logprobs_of(model, batch, 1.0)).mean().item()
+    assert trained > untrained + 0.1 and trained > -0.1  # nats per token, on problems that it was not shown
     assert "exists" in tool("warm_start", "--model", "embedded", "--limit", "8", "--out", tmp_path / "w").stderr

@@ -24,7 +24,7 @@ import pytest
 import agent as agent_module
 import grpo
 from agent import Settings, Trace
-from data import Problem, Prompt, UserError
+from data import Problem, Prompt, UserError, run_main
 from evaluate import Verdict
 from grpo import Scored
 from sandbox import Result
@@ -759,4 +759,4 @@ def test_one_update_on_the_real_engine(tmp_path):
 
 if __name__ == "__main__":  # the process that test_kill_9 kills
     with scripted([lambda agent, trace: time.sleep(float(os.environ["SLOWLY"]))]):
-        sys.exit(grpo.main())
+        run_main(grpo.main)
