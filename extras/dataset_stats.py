@@ -10,6 +10,7 @@ rings the innermost is the most general level, angles are shares of the problems
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from pathlib import Path
 
@@ -61,10 +62,11 @@ def draw(histogram: Counter, levels, total: int, title: str, out: Path) -> None:
     if not histogram:
         left.text(0.5, 0.5, "no difficulty column", ha="center", transform=left.transAxes)
 
-    palette = matplotlib.colormaps["tab20"].colors
+    palette = matplotlib.colormaps["Set3"].colors  # light: names are written on them
+    levels = [ring for ring in levels if ring] or levels[:1]
     shown = next((ring for ring in levels if len(ring) > 1), levels[0])  # a single root has nothing to tell apart
     depth_of_colour = levels.index(shown)
-    colour = {name: palette[i % 20] for i, (name, *_) in enumerate(shown)}
+    colour = {name: palette[i % len(palette)] for i, (name, *_) in enumerate(shown)}
     right.set_aspect("equal"), right.axis("off")
     if not levels[0]:
         right.text(0.5, 0.5, "no topic column", ha="center", transform=right.transAxes)
@@ -78,7 +80,7 @@ def draw(histogram: Counter, levels, total: int, title: str, out: Path) -> None:
                 angle = math.pi / 2 - 2 * math.pi * (start + count / total / 2)
                 turn = math.degrees(angle)
                 whole = count == total
-                right.text((d + 1.1) * math.cos(angle) * (not whole), (d + 1.1) * math.sin(angle) * (not whole), name if len(name) < 18 else name[:16] + "…",
+                right.text((d + 1.1) * math.cos(angle) * (not whole), (d + 1.1) * math.sin(angle) * (not whole), textwrap.fill(textwrap.shorten(name, 30, placeholder=" …"), 15),
                            ha="center", va="center", fontsize=7, rotation=0 if whole else turn if math.cos(angle) >= 0 else turn + 180, rotation_mode="anchor")  # fmt: skip
     limit = len(levels) + 0.7
     right.set_xlim(-limit, limit), right.set_ylim(-limit, limit)

