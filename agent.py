@@ -116,12 +116,20 @@ def boxes(text: str) -> list[tuple[str, int]]:
 
 
 def extract_answer(text: str) -> str | None:
-    """The last complete, non-empty \\boxed{} of a text, or None."""
+    r"""The last complete, non-empty \boxed{} of a text, or None.
+
+    >>> extract_answer(r"First \boxed{1}, no: \boxed{\frac{1}{2}}, and now \boxed{"), extract_answer("42")
+    ('\\frac{1}{2}', None)
+    """
     return next((content for content, _ in reversed(boxes(text)) if content), None)
 
 
 def snippet_in(call: str) -> str:
-    """The code of a closed call; of several opening tags the last counts: the model began anew."""
+    """The code of a closed call; of several opening tags the last counts: the model began anew.
+
+    >>> snippet_in("<tool_call> no: <tool_call>\\nprint(6 * 7)\\n</tool_call>")
+    'print(6 * 7)'
+    """
     return call.rpartition(CALL_CLOSE)[0].rpartition(CALL_OPEN)[2].strip("\n")
 
 

@@ -458,7 +458,11 @@ def _problems(rows, where: str, question_key, answer_key, need_answer):
 
 
 def clean_answer(value) -> str | None:
-    """A gold answer as one string: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27, blanks as None."""
+    """A gold answer as one string: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27, blanks as None.
+
+    >>> clean_answer("She pays 7 * 176. #### 1,232"), clean_answer(["$2$", "3"]), clean_answer(27.0), clean_answer(" ")
+    ('1232', '2, 3', '27', None)
+    """
     if isinstance(value, (list, tuple)):  # OlympiadBench: a list whose items often stand in dollar signs
         value = ", ".join(str(v).strip().strip("$") for v in value)
     if isinstance(value, float) and value.is_integer():

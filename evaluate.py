@@ -199,7 +199,11 @@ def same_rounding(exact, rounded: Fraction, digits: int) -> bool:
 
 
 def quick(gold: str, answer: str) -> bool | None:
-    """The verdict where two strings or two numbers settle it, None where `same` has to look. Never differs from it."""
+    """The verdict where two strings or two numbers settle it, None where `same` has to look. Never differs from it.
+
+    >>> quick("1/2", "0.50"), quick("1,232", "1232"), quick("1/3", "0.33"), quick("x + 1", "1 + x")
+    (True, True, False, None)
+    """
     if len(gold) > 300 or len(answer) > 300:
         return True if gold.strip() == answer.strip() else None
     g, a = tidy(gold), tidy(answer)
@@ -820,6 +824,9 @@ def majority_at(clusters: list[tuple[int, bool]], n: int) -> list[float]:
     clusters: (votes, right) of each; their votes sum to n or less, the rest are samples without an answer. For a right
     cluster that gets t votes, ways[m][s] counts the choices from all others that add s samples and m further clusters
     with exactly t votes, none with more. Exact; for a subset of all (k = n) it is the plain vote.
+
+    >>> majority_at([(2, True), (1, False)], 3)  # of one sample 2/3, of two: 1/3 both right, 2/3 a tie; of three: the vote
+    [0.6666666666666666, 0.6666666666666666, 1.0]
     """
     silent, credit = n - sum(c for c, _ in clusters), [Fraction(0)] * (n + 1)
     for j, (votes, right) in enumerate(clusters):
@@ -840,7 +847,11 @@ def majority_at(clusters: list[tuple[int, bool]], n: int) -> list[float]:
 
 
 def pass_at(n: int, c: int, k: int) -> float:
-    """Unbiased pass@k from n samples of which c are right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, eq. 1)."""
+    """Unbiased pass@k from n samples of which c are right: 1 - C(n-c, k) / C(n, k) (Chen et al. 2021, eq. 1).
+
+    >>> pass_at(4, 1, 1), pass_at(4, 1, 4)
+    (0.25, 1.0)
+    """
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
@@ -1370,6 +1381,7 @@ def main() -> int:
     elif args.grade:
         grade_file(args.grade, Path(args.out) if args.out else None, args.fallback)
     elif args.ablation:
+        settings_from(args)  # a wrong flag ends here, not after the first rows
         ablation(args, sys.argv[1:])
     else:
         return run(args)

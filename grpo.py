@@ -127,7 +127,12 @@ class Scored:
 
 
 def advantages(rewards, scale_std: bool = True):
-    """rewards (B, G) -> advantages (B, G); a row of equal rewards gives exactly 0, whatever the rounding of its mean."""
+    """rewards (B, G) -> advantages (B, G); a row of equal rewards gives exactly 0, whatever the rounding of its mean.
+
+    >>> import torch
+    >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]]), scale_std=False).tolist()
+    [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
+    """
     centred = rewards - rewards.mean(1, keepdim=True)
     flat = (rewards == rewards[:, :1]).all(1, keepdim=True)
     scaled = centred / (rewards.std(1, keepdim=True, correction=1) + 1e-4) if scale_std else centred
@@ -139,6 +144,9 @@ def loss_weights(kind: str, lengths: list[int], max_tokens: int) -> list[float]:
 
     lengths: sampled tokens of *all* N traces of the step: the weights are global, and how the step is cut into
     micro-batches cannot matter. A trace of length 0 (--mask-truncated) counts nowhere.
+
+    >>> loss_weights("grpo", [1, 4], 8), loss_weights("dapo", [1, 4], 8), loss_weights("dr_grpo", [1, 4], 8)
+    ([0.5, 0.125], [0.2, 0.2], [0.0625, 0.0625])
     """
     traces = max(1, sum(n > 0 for n in lengths))
     if kind == "grpo":
@@ -161,13 +169,21 @@ def policy_loss(new, old, behaviour, adv, weights, eps_low: float, eps_high: flo
 
 
 def common_prefix(sequences: list[list[int]]) -> int:
-    """Length of the longest prefix that all sequences share: that of the smallest and the largest one."""
+    """Length of the longest prefix that all sequences share: that of the smallest and the largest one.
+
+    >>> common_prefix([[5, 6, 7], [5, 6, 8, 9], [5, 6]])
+    2
+    """
     low, high = min(sequences), max(sequences)
     return next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
 
 
 def micro_batches(sizes: list[int], budget: int) -> list[list[int]]:
-    """Indices of traces, sorted by length and cut so that rows x longest row <= budget (or one row alone)."""
+    """Indices of traces, sorted by length and cut so that rows x longest row <= budget (or one row alone).
+
+    >>> micro_batches([3, 1, 9, 2], 6)
+    [[1, 3], [0], [2]]
+    """
     batches: list[list[int]] = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):  # ascending: the new one is the longest of its batch
         if not batches or (len(batches[-1]) + 1) * sizes[i] > budget:
@@ -829,27 +845,16 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         clock["train"] = time.monotonic() - started
 
         # ---- log
-        mean = lambda values: sum(values) / len(values)  # noqa: E731
-        row = {"step": step, "reward": mean([s.reward for s in rolled]), "accuracy": mean([float(s.verdict.equal) for s in rolled]),
-               "code_rate": mean([REWARDS["code"](s.trace, s.verdict) for s in rolled]), "length": mean([s.trace.sampled for s in rolled]),
-               "length_total": mean([len(s.trace.ids) for s in rolled]), "truncated": mean([float(s.trace.finish in ("max_tokens", "context")) for s in rolled]),
-               "flat_groups": len(flat), "temperature": temperature, "lr": learning_rate(step - 1, args), "tokens": sum(s.trace.sampled for s in rolled),
-               **{k: v if v is not None and math.isfinite(v) else None for k, v in stats.items()},
-               **{f"seconds_{what}": seconds for what, seconds in clock.items()},
-               "memory_gib": memory_gib()}  # fmt: skip
         if not first:
             continue
+        row = {"step": step, **averages(rolled), "flat_groups": len(flat), "temperature": temperature, "lr": learning_rate(step - 1, args),
+               **{name: value if value is not None and math.isfinite(value) else None for name, value in stats.items()},
+               **{f"seconds_{what}": seconds for what, seconds in clock.items()}, "memory_gib": memory_gib()}  # fmt: skip
         append(out / "metrics.jsonl", [row])
         append(out / "samples.jsonl", [sample_row(step, s) for s in rolled[:: max(1, len(rolled) // 3)][:3]])
         for log in loggers:
             log(step, row)
-        print(progress_line(row, args.steps), flush=True)
-        if not traces:
-            print("  no gradient in this step: in every group all rewards are equal (or every trace is masked)", flush=True)
-        elif row["loss"] is None or row["grad_norm"] is None:
-            print("  loss or gradient is not a finite number: the adapter was left as it was", flush=True)
-        elif stats["logprob_gap"] > limit:
-            print(f"  warning: engine and trainer disagree by {stats['logprob_gap']:.2g} per token on average, more than {limit} explains", flush=True)
+        print(progress_line(row, args.steps) + complaint(row, bool(traces), limit), flush=True)
 
         # ---- save
         if step % args.save_every == 0 or step == args.steps or stop:
@@ -903,6 +908,25 @@ def open_loggers(args, flags: dict, out: Path) -> list:
 def sample_row(step: int, s: Scored) -> dict:
     return {"step": step, "question": s.trace.problem.question, "gold": s.trace.problem.answer, "answer": s.trace.answer, "correct": s.verdict.equal,
             "reward": s.reward, "advantage": s.advantage, "finish": s.trace.finish, "tokens": s.trace.sampled, "text": s.trace.text}  # fmt: skip
+
+
+def averages(rolled: list[Scored]) -> dict:
+    """Means over all traces of a step, those of groups that the update leaves out too."""
+    mean = lambda values: sum(values) / len(rolled)  # noqa: E731
+    return {"reward": mean(s.reward for s in rolled), "accuracy": mean(s.verdict.equal for s in rolled), "code_rate": mean(REWARDS["code"](s.trace, s.verdict) for s in rolled),
+            "length": mean(s.trace.sampled for s in rolled), "length_total": mean(len(s.trace.ids) for s in rolled),
+            "truncated": mean(s.trace.finish in ("max_tokens", "context") for s in rolled), "tokens": sum(s.trace.sampled for s in rolled)}  # fmt: skip
+
+
+def complaint(row: dict, updated: bool, limit: float) -> str:
+    """What is wrong with a step, as a second line under its progress; limit: of the gap between engine and trainer."""
+    if not updated:
+        return "\n  no gradient in this step: in every group all rewards are equal (or every trace is masked)"
+    if row["loss"] is None or row["grad_norm"] is None:
+        return "\n  loss or gradient is not a finite number: the adapter was left as it was"
+    if row["logprob_gap"] is None or row["logprob_gap"] > limit:
+        return f"\n  warning: engine and trainer disagree by {row['logprob_gap'] or math.nan:.2g} per token on average, more than {limit} explains"
+    return ""
 
 
 def progress_line(row: dict, steps: int) -> str:

@@ -367,7 +367,7 @@ def cases(folder: Path) -> list[tuple[str, list[str]]]:
         ["--n", "0"], ["--n", "1.5"], ["--dataset", ""], ["--dataset", ","], ["--dataset", "nothing"], ["--where", "x"], ["--where", "=1"], ["--where", "difficulty=99"],
         ["--limit", "0"], ["--limit", "-3"], ["--grade", "nowhere"], ["--grade", str(folder / "grade.jsonl")], ["--grade", str(folder / "torn.jsonl")],
         ["--grade", str(folder / "empty.jsonl")], ["--grade", str(folder)], ["--report"], ["--report", "nowhere"], ["--report", str(folder / "file")],
-        ["--out", str(folder / "file")], ["--split", "nothing"])]  # fmt: skip
+        ["--out", str(folder / "file")], ["--split", "nothing"], ["--ablation", "--lora", "nowhere"], ["--ablation", "--top-p", "0"])]  # fmt: skip
     found += [("grpo.py", flags) for flags in (
         ["--group", "1"], ["--problems", "0"], ["--steps", "-1"], ["--lr", "nan"], ["--warmup", "2"], ["--reward-weights", "x=1"], ["--loss", "ppo"], ["--merge", "nowhere"],
         ["--out", str(folder / "file")], ["--limit", "3"], ["--lora-rank", "0"], ["--kl-beta", "-1"], ["--preset", "x"], ["--tensor-parallel", "2"])]  # fmt: skip
