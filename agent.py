@@ -480,7 +480,8 @@ def plain_lora_products() -> None:
 
 
 def quick_top_k_top_p() -> None:
-    """On a CPU, vLLM sorts the whole vocabulary for top-p: a third of a decoding step. After top-k only k tokens are left."""
+    """On a CPU, vLLM sorts the whole vocabulary for top-p: a third of a decoding step. After top-k only k tokens are left.
+    The same result but for ties at the k-th place, where this keeps k and vLLM all of them."""
     from vllm.v1.sample.ops import topk_topp_sampler as sampler
 
     original = sampler.apply_top_k_top_p

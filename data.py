@@ -69,14 +69,16 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 
 def run_main(main) -> None:
     """Run a script's main(): a UserError, or a disk that is full or not ours, is one line on stderr and exit code 2, Ctrl-C
-    is 130 and SIGTERM 143, never a traceback."""
+    is 130 and SIGTERM 143 (grpo.py ends both after a step, with 130), never a traceback."""
     name, signals = Path(sys.argv[0]).name, []
 
     def terminate(number, _):
         signals.append(number)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt  # the same way out: what runs is closed, what is finished is kept
 
     signal.signal(signal.SIGTERM, terminate)
+    quiet = lambda: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # noqa: E731
     try:
         code = main() or 0
         sys.stdout.flush()
@@ -87,11 +89,15 @@ def run_main(main) -> None:
         print(f"{name}: {'terminated' if signals else 'interrupted'}", file=sys.stderr)
         code = 143 if signals else 130
     except BrokenPipeError:  # `python data.py ... | head`: the reader has left, which is no fault
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        quiet()
         code = 0
     except OSError as error:
         if error.errno not in DISK:
             raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            quiet()  # the disk that is full may be standard output's
         where = f" ({error.filename})" if error.filename else ""
         print(f"{name}: {error.strerror}{where}: mend that and give the same command again; what was finished is kept", file=sys.stderr)
         code = 2
@@ -105,7 +111,7 @@ def whole_safetensors(path: Path) -> bool:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size)) if size < 1 << 27 else {}
         return path.stat().st_size == 8 + size + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
         return False
 
 

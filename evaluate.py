@@ -709,6 +709,10 @@ class Grader:
         cause than the pair's own time is asked a second time: somebody else may have killed it."""
         worker, status, lasting = self.workers.get(), "crashed", True
         try:
+            if worker and worker.poll() is not None:  # killed while it was idle
+                with self.lock:
+                    self.processes.discard(worker)
+                worker = None
             worker = worker or self._start()
             reply = b""
             with contextlib.suppress(OSError):  # the worker may be gone
@@ -907,29 +911,29 @@ def trace_row(trace: Trace, tokenizer) -> dict:
             "seconds": round(trace.seconds, 3), "text": trace.text, "spans": trace.spans}  # fmt: skip
 
 
-def read_traces(path: Path) -> dict[tuple[str, int], dict]:
-    """(problem id, sample) -> row. A line that a kill cut in two is left out, a damaged one with a word."""
+def read_traces(path: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
+    """(problem id, sample) -> row. A line that a kill cut in two is left out, so is a damaged one (said where `tell`)."""
     rows, damaged = {}, 0
     if path.exists():
         with path.open("rb") as file:
             for line in file:
                 try:
-                    row = json.loads(line)
+                    row = json.loads(line) if line.endswith(b"\n") else None
                     rows.setdefault((row["id"], row["sample"]), row)
                 except (ValueError, TypeError, KeyError):
                     damaged += line.endswith(b"\n")
     if damaged and not rows:
         raise UserError(f"{path}: no line is a trace; this file was not written by evaluate.py")
-    if damaged:
-        print(f"{path}: {damaged} damaged lines are left out; the run's own command samples them again", file=sys.stderr)
+    if damaged and tell:
+        print(f"{path}: {damaged} damaged lines are left out, their traces are sampled again", file=sys.stderr)
     return rows
 
 
-def read_run_traces(out: Path) -> dict[tuple[str, int], dict]:
+def read_run_traces(out: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
     """The traces of all ranks; each rank of a torchrun job appends to a file of its own."""
     found: dict[tuple[str, int], dict] = {}
     for path in sorted(out.glob("traces*.jsonl")):
-        found = {**read_traces(path), **found}
+        found = {**read_traces(path, tell), **found}
     return found
 
 
@@ -937,8 +941,11 @@ def write_json(path: Path, value, lines: bool = False) -> None:
     """Write a whole file or none of it."""
     text = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value, ensure_ascii=False, indent=1) + "\n"
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at once
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
@@ -971,7 +978,7 @@ def open_run(out: Path, config: dict, problems: list[dict], file_name: str = "tr
         raise UserError(f"{out} has traces but no config.json: give another folder with --out")
     write_json(out / "problems.jsonl", problems, lines=True)
     write_json(file, config)
-    return read_run_traces(out)
+    return read_run_traces(out, tell=True)
 
 
 @dataclass
@@ -1003,7 +1010,7 @@ def load_run(folder: Path, fallback: bool = False) -> Run:
     """Read and grade a run's folder. Raises UserError when it is none."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        problems = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+        problems = [json.loads(line) for line in (folder / "problems.jsonl").read_bytes().splitlines()]
         n, name = config["n"], config["name"]
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} is not a run: it needs the config.json and problems.jsonl that evaluate.py --out writes") from None
@@ -1191,21 +1198,20 @@ def report(runs: list[Run]) -> str:
 class Meter:
     """Progress: a bar on a terminal, a line every half minute elsewhere. Counts traces, accuracy so far, tokens/s."""
 
-    def __init__(self, problems: int, total: int, done: int, per_problem: dict[str, int], n: int):
+    def __init__(self, total: int, done: int):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
         self.start, self.line_at, self.tokens, self.total, self.done = time.monotonic(), time.monotonic(), 0, total, done
-        self.first, self.problems, self.counts, self.n = done, problems, per_problem, n
+        self.first = done
         self.pending, self.right, self.graded = deque(), 0, 0
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} traces"),
                             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)  # fmt: skip
         self.task = self.bar.add_task("starting", total=total, completed=done)
 
-    def add(self, pid: str, sampled: int, verdict: Future | None) -> None:
+    def add(self, sampled: int, verdict: Future | None) -> None:
         self.done, self.tokens = self.done + 1, self.tokens + sampled
-        self.counts[pid] = self.counts.get(pid, 0) + 1
         if verdict:
             self.pending.append(verdict)
         for _ in range(len(self.pending)):
@@ -1215,8 +1221,7 @@ class Meter:
             else:
                 self.pending.append(future)
         seconds = time.monotonic() - self.start
-        finished = sum(c >= self.n for c in self.counts.values())
-        text = f"{finished}/{self.problems} problems  avg@1 {100 * self.right / max(1, self.graded):.1f} %  {self.tokens / max(0.1, seconds):.0f} tok/s"
+        text = f"avg@1 {100 * self.right / max(1, self.graded):.1f} %  {self.tokens / max(0.1, seconds):.0f} tok/s"
         self.bar.update(self.task, completed=self.done, description=text)
         if not self.console.is_terminal and (time.monotonic() - self.line_at > 30 or self.done == self.total):
             self.line_at = time.monotonic()
@@ -1276,7 +1281,7 @@ def sample(args, path: Path, problems: dict[str, Problem], jobs: list[tuple[Prob
     """Sample the missing traces, one line each in `path` the moment it ends; grading goes on beside it."""
     out = path.parent
     print(f"{out}: {len(jobs)} traces to sample" + (f", {len(done)} are there" if done else ""), file=sys.stderr, flush=True)
-    counts = Counter(pid for pid, i in done if pid in problems)
+    there = sum(pid in problems for pid, _ in done)
     with contextlib.ExitStack() as stack:
         file = stack.enter_context(path.open("a", encoding="utf-8"))
         try:
@@ -1289,14 +1294,14 @@ def sample(args, path: Path, problems: dict[str, Problem], jobs: list[tuple[Prob
         agent = stack.enter_context(open_agent(args, list(problems.values())))
         alone = path.name == "traces.jsonl"  # the first rank, or the only one: it grades, the others have no one to tell
         grader = stack.enter_context(Grader(out / "grades.jsonl")) if alone and not args.no_grade else None
-        meter = Meter(len(problems), len(jobs) + sum(counts.values()), sum(counts.values()), counts, args.n)
+        meter = Meter(len(jobs) + there, there)
         stack.enter_context(meter.bar)
         try:
             for trace in agent.rollout(iter(jobs)):
                 file.write(json.dumps(trace_row(trace, agent.tokenizer), ensure_ascii=False) + "\n")
                 file.flush()
                 gold = trace.problem.answer
-                meter.add(trace.problem.id, sum(trace.mask), grader.submit(gold, trace.answer) if grader and gold is not None else None)
+                meter.add(sum(trace.mask), grader.submit(gold, trace.answer) if grader and gold is not None else None)
         except KeyboardInterrupt:
             meter.bar.stop()
             print(f"\nstopped: {meter.done} of {meter.total} traces are in {out}; the same command goes on from there", file=sys.stderr)
@@ -1308,7 +1313,7 @@ def grade_file(path: Path, out: Path | None, fallback: bool) -> None:
     if not path.is_file():
         raise UserError(f"--grade {path}: no such file")
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for i, line in enumerate(path.read_bytes().split(b"\n"), 1):  # not splitlines of a text: U+2028 is no end of a line
         if line.strip():
             try:
                 row = json.loads(line)

@@ -516,7 +516,8 @@ def save_checkpoint(out: Path, model, optimizer, step: int, cursor: int) -> None
         shutil.rmtree(work, ignore_errors=True)
         raise UserError(f"the checkpoint of step {step} could not be written ({(str(error).splitlines() or ['?'])[0][:100]}): make room, "
                         f"then go on from the last one with --out {out} --resume") from None  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
+    for later in [other for other in checkpoints(out) if other.name >= folder.name]:  # damaged ones, passed over by --resume
+        shutil.rmtree(later, ignore_errors=True)
     work.rename(folder)
     for old in checkpoints(out)[:-2]:
         shutil.rmtree(old, ignore_errors=True)
@@ -531,7 +532,7 @@ def last_checkpoint(out: Path, say) -> tuple[Path | None, dict]:
             adapter_config(str(folder / "adapter"))
             return folder, torch.load(folder / "state.pt", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, UserError) as error:
-            say(f"{folder} is damaged and passed over ({str(error).splitlines()[0][:100]})", flush=True)
+            say(f"{folder} is damaged and passed over ({(str(error).splitlines() or ['?'])[0][:100]})", flush=True)
     return None, {}
 
 
@@ -542,7 +543,7 @@ def checkpoints(out: Path) -> list[Path]:
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines of steps after `step`, and a last line that a kill cut in two."""
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else ():  # not splitlines: U+2028
         with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 rows.append(line + "\n")

@@ -1,6 +1,6 @@
 """Answers graded per second: evaluate.py's Grader beside math-verify called one by one.
 
-    python bench/grade.py [FILE.jsonl | runs/X ...] [--limit 10000] [--slow FILE.jsonl]
+    python bench/grade.py [FILE.jsonl | runs/X ...] [--limit 10000]
 
 A FILE has rows with a gold answer (`gold` or `answer`) and a model's `text`; a run of evaluate.py has both in its traces.
 Every pair counts, equal ones too, as a vote over 16 traces brings them; the second figure is for the different pairs only.
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import sys
 import time
 from datetime import date
@@ -30,7 +31,7 @@ def pairs_of(path: Path) -> list[tuple[str, str]]:
         rows = [(s.problem["answer"], a) for problems in load_run(path, False).datasets.values() for s in problems for a in s.answers]
     else:
         rows = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().splitlines():
             row = json.loads(line)
             rows.append((str(row.get("gold", row.get("answer"))), extract_answer(row["text"])))
     return [(gold, answer) for gold, answer in rows if gold and answer]
@@ -67,12 +68,14 @@ def math_verify_alone(pairs) -> tuple[float, list[bool], int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Answers graded per second, beside math-verify alone.")
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE|RUN")
-    parser.add_argument("--limit", type=int, default=10_000, help="answers in all, in turn from the files (default: %(default)s)")
+    parser.add_argument("--limit", type=int, default=10_000, help="answers in all, one file after another (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, help="(default: 2)")
     args = parser.parse_args()
     files = args.files or [ROOT / "tests" / "grader_cases.jsonl", *sorted(p.parent for p in (ROOT / "runs").glob("**/problems.jsonl"))]
     sources = {str(path): pairs_of(path) for path in files}
-    everything = [pair for pairs in sources.values() for pair in pairs][: args.limit]
+    everything = [pair for pairs in sources.values() for pair in pairs]
+    if len(everything) > args.limit:
+        everything = random.Random(0).sample(everything, args.limit)
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
     print(f"{date.today()}, {os.cpu_count()} cores ({cpu})\n")
     print("| answers | different pairs | ours, answers/s | math-verify, answers/s | ours is faster | verdicts that differ | over 2 s in math-verify |\n|---|" + "--:|" * 6)

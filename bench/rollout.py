@@ -137,8 +137,8 @@ def one_at_a_time(agent, jobs, extra: str):
             except EOFError:
                 status, output = "crashed", "the interpreter died"
             process.kill(), process.join()
-            agent.insert(trace, Result(status, output.strip(), time.monotonic() - started))
-            if not agent.request(trace, decoding):
+            result = Result(status, output.strip(), time.monotonic() - started)
+            if not agent.insert(trace, result) or not agent.request(trace, decoding):
                 break
         done.append(agent.end(trace))
     return done
@@ -166,6 +166,7 @@ class Transformers:
 
     def generate(self, agent, traces: list) -> list:
         import torch
+        from transformers import StoppingCriteriaList
 
         s, tokenizer, started = agent.settings, agent.tokenizer, time.monotonic()
         contexts = [trace.prompt_ids + trace.ids for trace in traces]
@@ -178,7 +179,7 @@ class Transformers:
             for row, trace in enumerate(traces):
                 if moves[row] is None:
                     token = int(sequences[row, -1])
-                    ended = token == tokenizer.eos_token_id
+                    ended = token == tokenizer.eos_token_id or token in agent.close_ids
                     new = types.SimpleNamespace(token_ids=[token], logprobs=[{token: types.SimpleNamespace(logprob=0.0)}], finish_reason="stop" if ended else None)
                     move = agent.next_move(trace, new, agent.take(trace, new))
                     moves[row] = None if move == "decode" else move
@@ -189,9 +190,9 @@ class Transformers:
 
         with torch.no_grad():
             self.model.generate(input_ids=ids, attention_mask=seen, do_sample=True, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
-                                max_new_tokens=s.max_tokens, stopping_criteria=[stop], pad_token_id=pad)  # fmt: skip
+                                max_new_tokens=s.max_tokens, stopping_criteria=StoppingCriteriaList([stop]), pad_token_id=pad)  # fmt: skip
         self.seconds += time.monotonic() - started
-        return list(zip(traces, moves, strict=True))
+        return [(trace, move or "max_tokens") for trace, move in zip(traces, moves, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -217,6 +218,7 @@ def measure(name: str, loop, agent, jobs, meter, extra: str) -> dict:
     submit = Session.submit
     Session.submit = lambda self, code, timeout: submit(self, slowed(code, extra), timeout)
     agent.engine.reset_prefix_cache()
+    list(agent.rollout(jobs[-1:]))  # not timed: the examples are in the cache for everybody
     meter.seconds, meter.sizes = 0.0, []
     try:
         started = time.perf_counter()

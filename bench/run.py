@@ -37,20 +37,18 @@ def main() -> int:
     args = parser.parse_args()
     results, began, failed = HERE / "results.md", time.time(), []
     old = dict(part.split("\n", 1) for part in results.read_text().split("\n## ")[1:]) if results.exists() else {}
-    sections = {}
+    commands = {name: f"python bench/{name}.py{''.join(' ' + flag for flag in flags)}" for name, flags in PARTS.items()}
+    sections = {command: old[command] for command in commands.values() if command in old}
     for name, flags in PARTS.items():
-        command = f"python bench/{name}.py{''.join(' ' + flag for flag in flags)}"
         if name not in args.only.split(","):
-            if command in old:
-                sections[command] = old[command]
             continue
-        print(f"{time.strftime('%H:%M:%S')} {command}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {commands[name]}", flush=True)
         done = subprocess.run([sys.executable, str(HERE / f"{name}.py"), *flags, *(args.answers if name == "grade" else [])], stdout=subprocess.PIPE,
                               text=True, env={**os.environ, "PYTHONPATH": str(HERE / ".packages")})  # fmt: skip
         if done.returncode:
             failed.append(name)
-        sections[command] = f"\n{done.stdout.strip()}\n" if not done.returncode else f"\nfailed, exit status {done.returncode}\n"
-        body = "".join(f"\n## {title}\n{text.rstrip()}\n" for title, text in sections.items())
+        sections[commands[name]] = f"\n{done.stdout.strip()}\n" if not done.returncode else f"\nfailed, exit status {done.returncode}\n"
+        body = "".join(f"\n## {command}\n{sections[command].rstrip()}\n" for command in commands.values() if command in sections)
         results.write_text(f"# Measured by `make bench`\n\n{date.today()}, {versions()}\n{body}")
     print(f"{results}: {(time.time() - began) / 60:.0f} minutes" + (f"; failed: {', '.join(failed)}" if failed else ""))
     return 1 if failed else 0

@@ -48,11 +48,16 @@ def seen(self, trace, kind, value):
     mark("first token")
     call(self, trace, kind, value)
 agent.View.__call__ = seen
+solve = agent.solve
+def solving(*a, **k):
+    done = solve(*a, **k)
+    mark("answer")
+    return done
+agent.solve = solving
 sys.argv = ["agent.py", "--seed", "0", os.environ["PROBLEM"]]
 try:
     agent.main()
 finally:
-    mark("answer")
     print("MARKS" + json.dumps(marks), file=sys.stderr, flush=True)
 """
 

@@ -385,12 +385,13 @@ def test_two_ranks_print_the_table_of_one_and_a_killed_rank_ends_the_job(tmp_pat
     assert shares == [60, 60] and evaluate.read_run_traces(out) == rows_of(finished[0])
 
 
-def test_a_torn_line_is_cut_off_and_sampled_again(tmp_path, finished):
+@pytest.mark.parametrize("cut", [1, 40])  # 1: the line is whole JSON, and only its end is missing
+def test_a_torn_line_is_cut_off_and_sampled_again(tmp_path, finished, cut):
     out = tmp_path / "run"
     out.mkdir()
     for name in ("config.json", "problems.jsonl", "traces.jsonl"):
         (out / name).write_bytes((finished[0] / name).read_bytes())
-    os.truncate(out / "traces.jsonl", (out / "traces.jsonl").stat().st_size - 40)
+    os.truncate(out / "traces.jsonl", (out / "traces.jsonl").stat().st_size - cut)
     assert len(evaluate.read_traces(out / "traces.jsonl")) == 119  # a report reads around it and leaves it alone
     done = run_scripted(tmp_path, "--out", out)
     assert "1 traces to sample, 119 are there" in done.stderr
