@@ -369,7 +369,8 @@ def update(model, optimizer, traces: list[Scored], temperature: float, args, tea
 
     traces = sorted(traces, key=lambda s: len(s.trace.ids))[team.rank :: team.size]
     # What all prompts begin with (the examples, mostly) runs once, without a graph: micro-batches stand on its keys and
-    # values, whose gradients add up. At the end it runs again, with a graph through which they go back.
+    # values, whose gradients add up (in bfloat16 on a GPU, where preset paper's checkpointing switches all of this off). At
+    # the end it runs again, with a graph through which they go back.
     shared = shared_prefix(model, [s.trace.prompt_ids for s in traces]) if traces else []
     batches = micro_batches([len(s.trace.prompt_ids) + len(s.trace.ids) - len(shared) for s in traces], args.micro_tokens)
     parameters = [p for p in model.parameters() if p.requires_grad]
