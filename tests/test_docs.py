@@ -33,9 +33,9 @@ def refuse(*_):
 def commands() -> list[str]:
     texts = [(ROOT / "README.md").read_text(), (ROOT / "Makefile").read_text().replace("$(PY)", "python").replace("\\\n", " ")]
     while "$(" in texts[1]:  # a variable or a function of make: any word
-        texts[1] = re.sub(r"\$\([^()]*\)", "x", texts[1])
+        texts[1] = re.sub(r"\$\((\w+ )?[^()]*\)", lambda m: "" if m[1] else "x", texts[1])
     texts += [path.read_text().split('"""')[1] for path in [*(ROOT / s for s in SCRIPTS), *sorted((ROOT / "extras").glob("*.py"))]]
-    found = [m[0] for text in texts for m in re.finditer(r"(?:python|torchrun)\b[^\n#`|]*\.py\b[^\n#`|>&]*", text)]
+    found = [m[0] for text in texts for m in re.finditer(r"(?:python|torchrun)\b[^\n#`|&]*\.py\b[^\n#`|>&]*", text)]
     return sorted({c.strip() for c in found})
 
 

@@ -552,6 +552,7 @@ def test_help_is_quick():
 
 
 def test_ablation_runs_the_four_rows(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("agent.adapter_config", lambda folder: {"r": 8})
     commands = []
 
     def record(command, **_):
