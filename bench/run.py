@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
-PARTS = {"startup": [], "sandbox": ["--quick"], "grade": [], "rollout": [], "train": []}
+PARTS = {"rollout": [], "train": [], "startup": [], "grade": [], "sandbox": ["--quick"]}
 
 
 def versions() -> str:
