@@ -70,9 +70,11 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 def run_main(main) -> None:
     """Run a script's main(): a UserError, or a disk that is full or not ours, is one line on stderr and exit code 2, Ctrl-C
     is 130 and SIGTERM 143 (grpo.py ends both after a step, with 130), never a traceback."""
-    name, signals = Path(sys.argv[0]).name, []
+    name, signals, me = Path(sys.argv[0]).name, [], os.getpid()
 
     def terminate(number, _):
+        if os.getpid() != me:  # a worker that was forked, told to go
+            os._exit(128 + number)
         signals.append(number)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt  # the same way out: what runs is closed, what is finished is kept
