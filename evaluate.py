@@ -1221,7 +1221,8 @@ class Meter:
             else:
                 self.pending.append(future)
         seconds = time.monotonic() - self.start
-        text = f"avg@1 {100 * self.right / max(1, self.graded):.1f} %  {self.tokens / max(0.1, seconds):.0f} tok/s"
+        text = f"avg@1 {100 * self.right / self.graded:.1f} %  " if self.graded else ""  # only one rank grades
+        text += f"{self.tokens / max(0.1, seconds):.0f} tok/s"
         self.bar.update(self.task, completed=self.done, description=text)
         if not self.console.is_terminal and (time.monotonic() - self.line_at > 30 or self.done == self.total):
             self.line_at = time.monotonic()
