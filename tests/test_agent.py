@@ -1006,7 +1006,7 @@ def tuned(loop):
 
 def rollout(loop, jobs=JOBS, on_event=None):
     traces = sorted(loop.rollout(jobs, on_event), key=lambda t: (jobs[0][0].id != t.problem.id, t.problem.id, t.sample))
-    engine = types.SimpleNamespace(records={t.problem.question: [] for t in traces})
+    engine = types.SimpleNamespace(stops=(), records={t.problem.question: [] for t in traces})
     for trace in traces:
         check(loop.tokenizer, trace, engine)
     return traces
