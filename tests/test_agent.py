@@ -938,7 +938,8 @@ def test_a_rank_keeps_to_its_share_of_the_cores():
 
 
 def test_a_broken_adapter_configuration_is_one_line(tmp_path):
-    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    header = json.dumps({"x": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    (tmp_path / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
     for text in ("{", "{}", "[]", '{"r": null}', '{"r": "many"}'):
         (tmp_path / "adapter_config.json").write_text(text)
         with pytest.raises(UserError, match="cannot be read"):
