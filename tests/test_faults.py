@@ -59,6 +59,14 @@ def temporary_files(folder: Path) -> list[str]:
     return [p.name for p in folder.rglob("*") if "tmp" in p.name]
 
 
+def kill_all(process) -> None:
+    """SIGKILL to a process; all that it had started must go by itself."""
+    below = children(process.pid)
+    process.kill()
+    process.communicate()
+    wait_for(lambda: not any(map(alive, below)))
+
+
 def training(out, tiny_folder, *extra, slowly="0.05"):
     """grpo.py with the scripted agent, in a process of its own."""
     command = [sys.executable, str(ROOT / "tests" / "test_grpo.py"), "--out", str(out), *start(tiny_folder, *extra)]
@@ -110,10 +118,7 @@ def test_a_training_killed_at_20_moments_ends_like_the_unbroken_one(tmp_path, ti
             assert process.returncode == 0, said
             shutil.rmtree(out)  # it came to its end before the kill: begin anew
         except subprocess.TimeoutExpired:
-            below = children(process.pid)
-            process.kill()
-            process.communicate()
-            wait_for(lambda below=below: not any(map(alive, below)))
+            kill_all(process)
             kills += 1
     assert train(out, *(["--resume"] if (out / "config.json").exists() else start(tiny_folder))) == 0
     same(metrics(out), metrics(unbroken))
@@ -180,10 +185,7 @@ def test_the_real_engine_killed_at_random_moments(tmp_path):
             assert process.returncode == 0
             break
         except subprocess.TimeoutExpired:
-            below = children(process.pid)
-            process.kill()
-            process.communicate()
-            wait_for(lambda below=below: not any(map(alive, below)))
+            kill_all(process)
             kills += 1
     rows = [json.loads(line) for line in (out / "traces.jsonl").read_text().splitlines()]
     assert len(rows) == 96 == len({(r["id"], r["sample"]) for r in rows}) and not temporary_files(out)
