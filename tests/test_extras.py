@@ -211,5 +211,5 @@ def test_warm_start_teaches_and_its_adapter_is_loaded(tmp_path):
         trained = torch.cat(grpo.logprobs_of(model, batch, 1.0)).mean().item()
         with model.disable_adapter():
             untrained = torch.cat(grpo.logprobs_of(model, batch, 1.0)).mean().item()
-    assert trained > untrained + 0.1 and trained > -0.1  # nats per token, on problems that it was not shown
+    assert 0 < -trained < -untrained / 5  # nats per token, on problems that it was not shown (seen: 0.0005 and 0.035)
     assert "exists" in tool("warm_start", "--model", "embedded", "--limit", "8", "--out", tmp_path / "w").stderr
