@@ -23,7 +23,7 @@ help:
 	@echo "make reproduce-full   the same with 200 problems, GSM8K and SVAMP: hours"
 	@echo "make test      set up .venv, then ruff and the quick tests"
 	@echo "make test-all  the same with the slow tests"
-	@echo "make bench     speed beside the usual ways, into bench/results.md: 35 minutes, on a machine that does nothing else"
+	@echo "make bench     speed beside the usual ways, into bench/results.md, on a machine that does nothing else"
 	@echo "make setup     build .venv only (again after a change of the requirements; else it has nothing to do)"
 	@echo "make clean     remove .venv and caches; runs/ stays"
 

@@ -561,7 +561,7 @@ def open_agent(args, problems: list[Problem] = ()):
             with silence(not args.verbose):
                 engine, request = load_engine(model, lora, max_len, args.batch, args)
         except (OSError, ValueError, RuntimeError, StopIteration) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[:3])[:300]  # pydantic's first line says nothing
             raise UserError(f"the engine could not load {model}{' with ' + lora if lora else ''}: {reason} (--verbose shows the engine's log)") from None
         if box:
             try:

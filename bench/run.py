@@ -2,7 +2,7 @@
 
     python bench/run.py [--only rollout,train] [--answers FILE|RUN ...]
 
-35 minutes on 2 cores, which must have nothing else to do. A part that fails is named, and the others go on.
+The machine must have nothing else to do. A part that fails is named, and the others go on.
 """
 
 import argparse
