@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "extras"))
 
 import agent  # noqa: E402
+import compare_training  # noqa: E402
 import data  # noqa: E402
 import dataset_stats  # noqa: E402
 import decontaminate  # noqa: E402
@@ -121,6 +122,23 @@ def test_the_picture_and_the_counts(tmp_path):
     assert (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG" and re.search(r"40  Mathematics -> Algebra\n", done.stdout) and re.search(r"15  difficulty 3.5\n", done.stdout)
     done = tool("dataset_stats", "--dataset", tmp_path / "d.jsonl", "--difficulty-key", "x", "--topic-key", "y", "--out", tmp_path / "n.png")
     assert done.returncode == 2 and "name them with" in done.stderr and not (tmp_path / "n.png").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# compare_training.py
+
+
+def test_training_runs_side_by_side(tmp_path):
+    assert compare_training.smooth([0.0, 0.0, 1.0, 1.0, 1.0, 0.0], 3) == [0.0, 1 / 3, 2 / 3, 1.0, 2 / 3, 0.5]
+    for run in ("a", "b"):
+        (tmp_path / run).mkdir()
+        write(tmp_path / run / "metrics.jsonl", [{"step": i, "accuracy": i / 9, "code_rate": 1.0, "length": 60.0} for i in range(1, 9)])
+    done = tool("compare_training", "a", "b", "--out", "c.png", cwd=tmp_path)
+    assert done.returncode == 0 and (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG", done.stderr
+    (tmp_path / "b" / "metrics.jsonl").write_text('{"step": 1, "loss": 0.1}\n')  # a run of warm_start.py
+    for run in ("b", "none"):
+        done = tool("compare_training", "a", run, "--out", "d.png", cwd=tmp_path)
+        assert done.returncode == 2 and f"{run}: no metrics.jsonl" in done.stderr and done.stderr.count("\n") == 1 and not (tmp_path / "d.png").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------
