@@ -467,16 +467,15 @@ def plain_lora_products() -> None:
     use one adapter (max_loras=1), so that two matrix products do the same."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    def shrink(self, y, x, w, scale):  # x (tokens, in), w (1, 1, r, in) -> y (tokens, r)
-        if not (self.is_prefill and self.no_lora):
-            y[:] = scale * (x.to(y.dtype) @ w.view(w.shape[-2:]).to(y.dtype).T)
+    def add_products(self, y, x, lora_a, lora_b, scale, sizes, **_):  # x (tokens, in), y (tokens, sum of sizes): q, k and v are one layer
+        if self.is_prefill and self.no_lora:
+            return
+        at = 0
+        for a, b, size in zip(lora_a, lora_b, sizes, strict=True):  # a (1, 1, r, in), b (1, 1, size, r)
+            y[:, at : at + size].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+            at += size
 
-    def expand(self, y, x, w, offset, size, add_inputs=True):  # x (tokens, r), w (1, 1, out, r) -> a slice of y (tokens, ...)
-        if not (self.is_prefill and self.no_lora):
-            part, new = y[:, offset : offset + size], x.to(y.dtype) @ w.view(w.shape[-2:]).to(y.dtype).T
-            part.add_(new) if add_inputs else part.copy_(new)
-
-    PunicaWrapperCPU._apply_shrink, PunicaWrapperCPU._apply_expand = shrink, expand
+    PunicaWrapperCPU.add_lora_linear = add_products
 
 
 def quick_top_k_top_p() -> None:

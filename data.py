@@ -87,6 +87,11 @@ def run_main(main) -> None:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         code = 2
+    except ModuleNotFoundError as error:
+        if Path(sys.prefix) == Path(__file__).resolve().parent / ".venv":
+            raise  # nothing that `make setup` could bring
+        print(f"{name}: the package `{error.name}` is missing in {sys.executable}: `make setup` builds .venv; run .venv/bin/python {sys.argv[0]}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         print(f"{name}: {'terminated' if signals else 'interrupted'}", file=sys.stderr)
         code = 143 if signals else 130

@@ -27,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import arithmetic, load  # noqa: E402
+from data import arithmetic, load, run_main  # noqa: E402
 
 
 def other_numbers(rng, text: str) -> str:
@@ -88,4 +88,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -22,6 +22,7 @@ ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().pa
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != HERE)]
 
 from agent import extract_answer  # noqa: E402
+from data import run_main  # noqa: E402
 from evaluate import Grader, load_run  # noqa: E402
 
 
@@ -89,4 +90,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -32,7 +32,7 @@ ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().pa
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != HERE), str(HERE / ".packages")]
 
 from agent import add_model_flags, has_cuda, open_agent, prepare_environment, resolve_model  # noqa: E402
-from data import arithmetic  # noqa: E402
+from data import arithmetic, run_main  # noqa: E402
 from sandbox import ALLOWED, Result, Session  # noqa: E402
 
 EXTRA = {"none": "", "compute": "sum(range(150_000_000))\n", "wait": "import statistics\nstatistics.sys.modules['time'].sleep(2)\n"}
@@ -324,4 +324,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -32,7 +32,7 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resol
 
 import grpo  # noqa: E402
 from agent import Trace, has_cuda, load_tokenizer, open_agent, prepare_environment, resolve_model  # noqa: E402
-from data import arithmetic, encode, load_from_flags, render_prompt  # noqa: E402
+from data import arithmetic, encode, load_from_flags, render_prompt, run_main  # noqa: E402
 from evaluate import Grader, Verdict  # noqa: E402
 
 
@@ -262,4 +262,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)
