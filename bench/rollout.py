@@ -6,21 +6,23 @@
     (c)    rounds: all traces decode to their next call, all snippets run, and again (our engine, our sandbox)
     (d)    rounds on transformers' `generate`, the adapter folded into the weights (our sandbox)
 
-One snippet in eight takes two seconds more: `--slow compute` (default) adds up numbers, and so takes a core away from an
-engine on the CPU; `--slow wait` only waits, as a snippet on another core does; `--slow none`. Which ones is decided by the
-snippet's text, so that it is the same for all.
+One snippet in eight takes two seconds more: `--slow wait` (default) only waits, as a snippet on a core that the engine does
+not need; `--slow compute` adds up numbers, and so takes a core away from an engine on the CPU (the default shows ours and
+(c) with these too); `--slow none`. Which ones is decided by the snippet's text, so that it is the same for all.
 
-    python bench/rollout.py [--slow compute|wait|none] [--problems 64] [--scale 1,2,4,...,512] [--skip b,d]
+    python bench/rollout.py [--slow wait|compute|none] [--problems 64] [--scale 1,2,4,...,512] [--skip b,d]
 
 Tokens are those the model wrote. idle: share of the wall time in which the engine was not stepping though work was left.
 batch: traces in flight, mean over the engine's steps. Needs smolagents for (b): bench/requirements.txt.
 """
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
 import platform
+import statistics
 import sys
 import time
 import types
@@ -200,26 +202,31 @@ class Transformers:
 
 
 class Meter:
-    """Wraps the engine's step: seconds in it, and how many traces each step advanced."""
+    """Wraps the engine's step: seconds of each, and how many traces it advanced."""
 
     def __init__(self, engine):
-        self.inner, self.seconds, self.sizes = engine.step, 0.0, []
+        self.inner = engine.step
+        self.reset()
         engine.step = self
+
+    def reset(self):
+        self.steps, self.sizes = [], []
 
     def __call__(self):
         started = time.perf_counter()
         outputs = self.inner()
-        self.seconds += time.perf_counter() - started
+        self.steps.append(time.perf_counter() - started)
         self.sizes.append(len(outputs))
         return outputs
 
 
-def measure(name: str, loop, agent, jobs, meter, extra: str) -> dict:
+def measure(name: str, loop, agent, jobs, meter, slow: str, inner: bool = True) -> dict:
+    """One row; `inner`: the loop runs its snippets in our sandbox, and there they are slowed."""
     submit = Session.submit
-    Session.submit = lambda self, code, timeout: submit(self, slowed(code, extra), timeout)
+    Session.submit = lambda self, code, timeout: submit(self, slowed(code, EXTRA[slow] if inner else ""), timeout)
     agent.engine.reset_prefix_cache()
     list(agent.rollout(jobs[-1:]))  # not timed: the examples are in the cache for everybody
-    meter.seconds, meter.sizes = 0.0, []
+    meter.reset()
     try:
         started = time.perf_counter()
         traces = loop(agent, jobs)
@@ -228,18 +235,20 @@ def measure(name: str, loop, agent, jobs, meter, extra: str) -> dict:
         Session.submit = submit
     tokens = sum(t.sampled for t in traces)
     right = sum(t.answer == t.problem.answer for t in traces)
-    slow = sum(slowed(code, "x") != code for t in traces for code, _ in t.calls)
-    row = {"name": name, "traces": len(traces), "tokens": tokens, "wall": wall, "rate": tokens / wall, "idle": max(0.0, 1 - meter.seconds / wall),
-           "batch": sum(meter.sizes) / max(1, len(meter.sizes)), "calls": sum(len(t.calls) for t in traces), "slow": slow, "right": right}  # fmt: skip
+    late = sum(slowed(code, "x") != code for t in traces for code, _ in t.calls)
+    row = {"name": name, "snippets": slow, "traces": len(traces), "tokens": tokens, "wall": wall, "rate": tokens / wall, "idle": max(0.0, 1 - sum(meter.steps) / wall),
+           "batch": sum(meter.sizes) / max(1, len(meter.sizes)), "calls": sum(len(t.calls) for t in traces), "slow": late, "right": right, "step": statistics.median(meter.steps or [0.0])}  # fmt: skip
     print(f"# {name}: {json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})}", file=sys.stderr, flush=True)
     return row
 
 
-def table(rows: list[dict], base: dict) -> str:
+def table(rows: list[dict]) -> str:
+    """The rows, each beside the first one with the same snippets."""
     lines = ["| | tokens/s | wall, s | engine idle, % | mean batch | tokens | calls (slow) | right | ours is faster |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     for r in rows:
+        base = next(other for other in rows if other["snippets"] == r["snippets"])
         ratio = "" if r is base else f"{base['rate'] / r['rate']:.1f} x"
-        lines.append(f"| {r['name']} | {r['rate']:.0f} | {r['wall']:.1f} | {100 * r['idle']:.1f} | {r['batch']:.1f} | {r['tokens']} | "
+        lines.append(f"| {r['name']}, slow ones {r['snippets']} | {r['rate']:.0f} | {r['wall']:.1f} | {100 * r['idle']:.1f} | {r['batch']:.1f} | {r['tokens']} | "
                      f"{r['calls']} ({r['slow']}) | {r['right']} of {r['traces']} | {ratio} |")  # fmt: skip
     return "\n".join(lines)
 
@@ -275,7 +284,7 @@ def weights_read(folder: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The same problems through four loops.")
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--slow", choices=EXTRA, default="compute")
+    parser.add_argument("--slow", choices=EXTRA, default="wait", help="what the slow snippets do (default: %(default)s)")
     parser.add_argument("--scale", default="1,2,4,8,16,32,64,128,256,512", help="numbers of traces for the scaling table; '' leaves it out")
     parser.add_argument("--skip", default="", help="loops to leave out, as b,d")
     add_model_flags(parser)
@@ -290,36 +299,37 @@ def main() -> int:
     with open_agent(args, problems) as agent:
         meter = Meter(agent.engine)
         agent.slots = 64
-        measure("warm-up", ours, agent, jobs[:8], meter, "")
-        base = measure("ours", ours, agent, jobs, meter, EXTRA[args.slow])
-        rows.append(base)
-        if "c" not in skip:
-            rows.append(measure("(c) rounds", rounds, agent, jobs, meter, EXTRA[args.slow]))
+        measure("warm-up", ours, agent, jobs[:8], meter, "none")
+        for slow in dict.fromkeys([args.slow, *(["compute"] if args.slow == "wait" else [])]):
+            rows.append(measure("ours", ours, agent, jobs, meter, slow))
+            if "c" not in skip:
+                rows.append(measure("(c) rounds", rounds, agent, jobs, meter, slow))
         if "b" not in skip:
-            rows.append(measure("(b) one at a time", lambda a, j: one_at_a_time(a, j, PUBLISHED_EXTRA[args.slow]), agent, jobs, meter, ""))
+            loop = functools.partial(one_at_a_time, extra=PUBLISHED_EXTRA[args.slow])
+            rows.append(measure("(b) one at a time", loop, agent, jobs, meter, args.slow, inner=False))
         scaling = []
         agent.slots = args.batch
         for n in scale:
             many = [(problems[i % len(problems)], i // len(problems)) for i in range(n)]
-            scaling.append(measure(f"{n}", ours, agent, many, meter, ""))
+            scaling.append(measure(f"{n}", ours, agent, many, meter, "none"))
         if "d" not in skip:
             folder, lora = resolve_model(args.model, args.lora)
             there = Transformers(folder, lora, 64)
-            row = measure("(d) transformers", lambda a, j: rounds(a, j, there), agent, jobs, meter, EXTRA[args.slow])
+            row = measure("(d) transformers", functools.partial(rounds, decode=there), agent, jobs, meter, args.slow)
             rows.append(row | {"idle": 1 - there.seconds / row["wall"], "batch": sum(there.sizes) / max(1, len(there.sizes))})
     cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    print(f"{date.today()}, {os.cpu_count()} cores ({cpu}); {len(jobs)} problems, slow snippets: {args.slow}\n")
-    print(table(sorted(rows, key=lambda r: -r["rate"]), base))
+    print(f"{date.today()}, {os.cpu_count()} cores ({cpu}); {len(jobs)} problems\n")
+    print(table(rows))
     if scaling:
         print("\n| traces at once | " + " | ".join(r["name"] for r in scaling) + " |\n|---|" + "--:|" * len(scaling))
-        for title, key, form in (("tokens/s", "rate", "{:.0f}"), ("wall, s", "wall", "{:.1f}"), ("engine idle, %", "idle", "{:.1%}"), ("mean batch", "batch", "{:.1f}")):
-            print(f"| {title} | " + " | ".join(form.format(r[key]).rstrip("%") for r in scaling) + " |")
+        for title, key, form in (("tokens/s", "rate", "{:.0f}"), ("wall, s", "wall", "{:.1f}"), ("engine idle, %", "idle", "{:.1%}"), ("mean batch", "batch", "{:.1f}"), ("median step, ms", "step", "{:.0f}")):
+            print(f"| {title} | " + " | ".join(form.format(1000 * r[key] if key == "step" else r[key]).rstrip("%") for r in scaling) + " |")
         folder, _ = resolve_model(args.model, args.lora)
         read, rate = weights_read(folder), read_bandwidth()
         single = next((r for r in scaling if r["name"] == "1"), None)
         if single and read:
-            print(f"\nA step reads {read / 1e9:.2f} GB of weights; memory gives {rate / 1e9:.1f} GB/s: at most {rate / read:.0f} steps/s. "
-                  f"One trace alone decodes at {single['rate']:.0f} tokens/s, prompt and call included: {100 * single['rate'] * read / rate:.0f} % of that.")  # fmt: skip
+            print(f"\nA step reads {read / 1e9:.2f} GB of weights; memory gives {rate / 1e9:.1f} GB/s: at least {1000 * read / rate:.0f} ms. "
+                  f"With one trace it takes {1000 * single['step']:.0f} ms: {100 * read / rate / single['step']:.0f} % of the bandwidth.")  # fmt: skip
     return 0
 
 

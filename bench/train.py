@@ -3,9 +3,10 @@
     (A)  64 traces of grpo.py's first step with preset mini: the examples in every prompt, at most 256 tokens
     (B)  16 traces of 1,000 tokens with short prompts: nothing to share
     ours       grpo.py's `update`
-    TRL        its trainer, one step, 8 traces a micro-batch (its default), without and with gradient checkpointing (its default)
+    TRL        its trainer, one step, 8 traces a micro-batch (its default; 4 in case B: 8 do not fit 24 GB), without gradient
+               checkpointing; with it (its default) in case B, and in case A with --all
 
-    python bench/train.py [--case A,B] [--keep FOLDER]
+    python bench/train.py [--case A,B] [--all] [--keep FOLDER]
 
 Same model, same new adapter, same advantages, loss dapo, float32 on a CPU. Loss and gradient are compared before any clip:
 at ratio 1 the loss says little (it is a weighted sum of advantages), so the whole adapter's gradient is compared too.
@@ -32,8 +33,10 @@ sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resol
 
 import grpo  # noqa: E402
 from agent import Trace, has_cuda, load_tokenizer, open_agent, prepare_environment, resolve_model  # noqa: E402
-from data import arithmetic, encode, load_from_flags, render_prompt, run_main  # noqa: E402
+from data import UserError, arithmetic, encode, load_from_flags, render_prompt, run_main  # noqa: E402
 from evaluate import Grader, Verdict  # noqa: E402
+
+MICRO = {"A": 8, "B": 4}  # TRL's traces per micro-batch
 
 
 def flags(case: str):
@@ -122,7 +125,7 @@ def run(who: str, case: str, path: Path, out: Path) -> None:
         loss = grpo.update(model, watch, used, args.temperature_start, args, grpo.Team())["loss"]
         seconds, gradient = time.perf_counter() - started, watch.gradient
     else:
-        loss, gradient, seconds = through_trl(model, parameters, traces, args, who == "TRL, checkpointing")
+        loss, gradient, seconds = through_trl(model, parameters, traces, args, MICRO[case], who == "TRL, checkpointing")
     sampled = sum(s.trace.sampled for s in traces)
     torch.save({"gradient": gradient}, out)
     print("RESULT" + json.dumps({"loss": loss, "seconds": seconds, "peak": peak(), "loaded": loaded, "sampled": sampled, "traces": len(traces),
@@ -130,7 +133,7 @@ def run(who: str, case: str, path: Path, out: Path) -> None:
                                  "rate": matmul_rate() if who == "ours" else 0}))  # fmt: skip
 
 
-def through_trl(model, parameters, traces, args, checkpointing: bool):
+def through_trl(model, parameters, traces, args, micro: int, checkpointing: bool):
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -167,7 +170,7 @@ def through_trl(model, parameters, traces, args, checkpointing: bool):
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=8, gradient_accumulation_steps=len(traces) // 8, num_generations=args.group, max_steps=1,
+            output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(traces) // micro, num_generations=args.group, max_steps=1,
             loss_type="dapo", beta=0.0, temperature=args.temperature_start, learning_rate=args.lr, max_completion_length=args.max_tokens,
             use_cpu=not has_cuda(), bf16=has_cuda(), report_to=[], gradient_checkpointing=checkpointing, save_strategy="no", logging_strategy="no",
             disable_tqdm=True, max_grad_norm=0.0, weight_decay=0.0, lr_scheduler_type="constant")  # fmt: skip
@@ -215,7 +218,7 @@ def matmul_rate() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description="One update on the same traces, ours and TRL's.")
     parser.add_argument("--case", default="A,B", help="which cases (default: A,B)")
-    parser.add_argument("--skip", default="", help="ways to leave out, as `TRL;TRL, checkpointing`")
+    parser.add_argument("--all", action="store_true", help="TRL with gradient checkpointing in case A too: minutes more")
     parser.add_argument("--keep", type=Path, help="folder of the recorded traces, made where there are none")
     parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -235,15 +238,13 @@ def main() -> int:
                 command = [sys.executable, __file__, "--part", who, case, str(path), out]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise SystemExit(f"{who}: {(done.stderr.strip() or done.stdout).splitlines()[-1]}\n{done.stderr[-3000:]}")
+                    raise UserError(f"{who}, case {case}: " + ("killed, out of memory?" if done.returncode == -9 else done.stderr[-3000:]))
                 return next((json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
 
             if not path.exists():
                 part("record")
             rows, gradients = {}, {}
-            for who in ("ours", "TRL", "TRL, checkpointing"):
-                if who != "ours" and who in args.skip.split(";"):
-                    continue
+            for who in ("ours", "TRL", *(("TRL, checkpointing",) if case == "B" or args.all else ())):
                 rows[who] = types.SimpleNamespace(**part(who, str(Path(temporary) / "gradient.pt")))
                 import torch
 
