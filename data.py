@@ -34,6 +34,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -88,9 +89,7 @@ def run_main(main) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         code = 2
     except ModuleNotFoundError as error:
-        if Path(sys.prefix) == Path(__file__).resolve().parent / ".venv":
-            raise  # nothing that `make setup` could bring
-        print(f"{name}: the package `{error.name}` is missing in {sys.executable}: `make setup` builds .venv; run .venv/bin/python {sys.argv[0]}", file=sys.stderr)
+        print(f"{name}: the package `{error.name}` is missing in {sys.executable}: `make setup` makes .venv whole; then .venv/bin/python {sys.argv[0]}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         print(f"{name}: {'terminated' if signals else 'interrupted'}", file=sys.stderr)
@@ -719,6 +718,9 @@ def embedded_model() -> Path:
     work = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        for left in cache.glob("model-*"):  # of a run that was killed here
+            if time.time() - left.stat().st_mtime > 600:
+                shutil.rmtree(left, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix="model-", dir=cache))
         quantised = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf.name, dtype=torch.float32)
         config = quantised.config

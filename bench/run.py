@@ -17,7 +17,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
-PARTS = {"rollout": [], "train": [], "startup": [], "grade": [], "sandbox": ["--quick"]}
+PARTS = {"rollout": [], "train": [], "startup": ["--cold"] if os.geteuid() == 0 else [], "grade": [], "sandbox": ["--quick"]}
 
 
 def versions() -> str:

@@ -3,7 +3,8 @@
     python bench/startup.py [--runs 3] [--cold]
 
 Each run is a new process; its milestones are taken by wrapping agent.py's own functions, the clock starts before Python
-does. Warm: the second and later runs, files in the page cache. --cold (root only) drops the page cache before each run.
+does. Warm: files in the page cache, as in a second run. --cold (root only): also with the page cache dropped before each run, as
+after a restart; the embedded model's checkpoint is there in both.
 """
 
 import argparse

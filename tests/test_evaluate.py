@@ -432,6 +432,11 @@ def test_interrupted_it_says_how_to_go_on(tmp_path):
     assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
 
 
+def test_all_problems_first_traces_come_before_the_second_ones(finished):
+    rows = [json.loads(line) for line in (finished[0] / "traces.jsonl").read_text().splitlines()]
+    assert [row["sample"] for row in rows] == [i for i in range(6) for _ in range(20)]  # the scripted agent mixes five by five
+
+
 def test_report_needs_no_model_and_repeats(finished):
     done = cli("--report", finished[0])
     assert done.returncode == 0 and done.stdout == finished[1]

@@ -314,6 +314,8 @@ def test_a_damaged_copy_of_the_embedded_model_is_made_again(tmp_path, monkeypatc
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
+    killed, working = tmp_path / "deepmath" / "model-killed", tmp_path / "deepmath" / "model-working"
+    killed.mkdir(), working.mkdir(), os.utime(killed, (0, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
     class Begun(Exception):
@@ -327,7 +329,14 @@ def test_a_damaged_copy_of_the_embedded_model_is_made_again(tmp_path, monkeypatc
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", begin)
     with pytest.raises(Begun):
         data.embedded_model()
-    assert "damaged: it is made again" in capsys.readouterr().err and not folder.exists() and not list((tmp_path / "deepmath").iterdir())
+    assert "damaged: it is made again" in capsys.readouterr().err and not folder.exists() and list((tmp_path / "deepmath").iterdir()) == [working]
+
+
+@pytest.mark.parametrize("command", [["agent.py", "2 + 2"], ["extras/compare_training.py", "adapters/arithmetic"]])
+def test_a_python_without_the_packages_is_one_line(command):
+    done = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
+    assert "make setup" in done.stderr and f".venv/bin/python {command[0]}" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -578,6 +578,12 @@ def test_a_step_without_gradient_and_a_nan_are_reported(tiny_folder, tmp_path, c
     assert all((weights[0][k] == weights[1][k]).all() for k in weights[0])  # nothing moved
 
 
+def test_all_problems_first_traces_come_before_the_second_ones(tiny_folder, tmp_path):
+    order = []
+    run(tmp_path / "r", *start(tiny_folder, "--steps", "1"), tricks=[lambda _, t: order.append(t.sample)])
+    assert order == [b * 4 + g for g in range(4) for b in range(3)]
+
+
 def test_flat_groups_are_resampled_on_request(tiny_folder, tmp_path):
     seen = []
 
