@@ -618,8 +618,9 @@ def test_merge_writes_a_plain_model(unbroken, tiny_folder, tmp_path, monkeypatch
 # Two ranks. Their sums round differently, so here the scripted traces do not depend on the adapter's last digits.
 
 
-def team_of_two(out, *flags, slowly="0", **options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()), __file__, "--out", str(out), *flags]
+def team_of_two(out, *flags, slowly="0", shape=None, **options):
+    shape = shape or ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", *shape, __file__, "--out", str(out), *flags]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "SLOWLY": slowly, "NO_MARK": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
@@ -652,6 +653,18 @@ def test_two_ranks_give_the_metrics_and_the_adapter_of_one(alone, tiny_folder, t
     mine, theirs = (load_file(folder / "checkpoints" / "step-000007" / "adapter" / "adapter_model.safetensors") for folder in (out, alone))
     for name, tensor in mine.items():
         assert (tensor - theirs[name]).abs().max() < 2e-3 * max(1e-3, theirs[name].abs().max()), name
+
+
+@pytest.mark.slow
+def test_two_machines_of_one_rank_give_the_metrics_of_one(alone, tiny_folder, tmp_path):
+    """As far as one machine can show it: two torchrun agents that meet at an endpoint."""
+    out, shape = tmp_path / "run", ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    flags = start(tiny_folder, "--kl-beta", "0.1", "--updates-per-rollout", "2")
+    machines = [team_of_two(out, *flags, shape=shape) for _ in range(2)]
+    said = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], said
+    same(metrics(out), metrics(alone))
+    assert "".join(said).count("step   1/7") == 1
 
 
 def test_a_killed_rank_ends_the_job_and_resume_goes_on(alone, tiny_folder, tmp_path):
