@@ -1116,6 +1116,7 @@ def test_traces_decode_while_a_snippet_runs_for_two_seconds(tuned):
 
 @pytest.mark.engine
 def test_leaving_the_real_engine_early_leaves_nothing_in_it(tuned):
+    assert not os.environ.get("LD_PRELOAD")  # nor, what vLLM sets for workers of its own, in our processes
     running = tuned().rollout(JOBS)
     next(running)
     running.close()
