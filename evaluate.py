@@ -706,10 +706,12 @@ class Grader:
 
     def _ask(self, gold: str, answer: str, again: bool = True) -> Verdict:
         """Send one pair to an idle worker and wait; a worker that dies or is late is replaced, and one that died of another
-        cause than the pair's own time is asked a second time: somebody else may have killed it."""
+        cause than the pair's own time is asked a second time, of a new worker: somebody else may have killed it, and others."""
         worker, status, lasting = self.workers.get(), "crashed", True
         try:
-            if worker and worker.poll() is not None:  # killed while it was idle
+            if worker and (not again or worker.poll() is not None):  # poll alone misses one that is being killed just now
+                worker.kill()
+                worker.wait()
                 with self.lock:
                     self.processes.discard(worker)
                 worker = None

@@ -151,6 +151,19 @@ def test_grading_workers_that_somebody_kills_change_no_verdict():
         assert grader(*pair(60)) == (True, "ok")
 
 
+def test_all_idle_grading_workers_dying_at_this_moment_change_no_verdict(monkeypatch):
+    """A killed process may still look alive for a moment: the second try must not be given to another of those."""
+    with evaluate.Grader(workers=2) as grader:
+        assert [grader.submit(*pair(n)).result(timeout=120) for n in (2, 3)] == [(True, "ok")] * 2
+        idle = [grader.workers.get(), grader.workers.get() or grader._start()]
+        for worker in idle:
+            worker.kill()
+            worker.wait()
+            monkeypatch.setattr(worker, "poll", lambda: None)
+            grader.workers.put(worker)
+        assert grader.submit(*pair(4)).result(timeout=120) == (True, "ok")
+
+
 def test_killed_sessions_and_a_killed_zygote_end_no_rollout():
     """Sessions that die between two snippets are made again, with their variables; the traces do not notice."""
     with sandbox.Sandbox(workers=2) as box:
