@@ -655,7 +655,8 @@ class View:
             self.console.print(Padding(Syntax(value, "python", background_color="default", word_wrap=True), (0, 0, 0, 4), expand=False))
         elif kind == "output":
             style = "dim" if value.status == "ok" else "red"
-            self.console.print(Padding(Text(value.output, style=style), (0, 0, 1, 4), expand=False))
+            self.console.print(Padding(Text(value.output, style=style), (0, 0, 0, 4), expand=False))
+            self.console.print()
 
     def print(self, text: str) -> None:
         self.console.print(text, end="", markup=False, highlight=False, soft_wrap=True, emoji=False)

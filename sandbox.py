@@ -810,7 +810,7 @@ class Sandbox:
         environment |= {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
         config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers, "memory": self.memory}
         self.zygote = subprocess.Popen(                 # not -I: it ignores PYTHONHASHSEED; a session of its own: Ctrl-C is not for it
-            [sys.executable, "-P", "-s", "-B", os.path.abspath(__file__), "--zygote", json.dumps(config)], cwd="/", env=environment,
+            [os.path.abspath(sys.executable), "-P", "-s", "-B", os.path.abspath(__file__), "--zygote", json.dumps(config)], cwd="/", env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
         theirs.close()
         self.control, self.patience = ours, time.monotonic() + 300
@@ -922,7 +922,7 @@ def main():
                 return 0
             result = box.session().run(code, options.timeout)
     except SandboxError as error:
-        sys.exit(f"sandbox.py: {error}")
+        parser.exit(2, f"sandbox.py: {error}\n")
     except KeyboardInterrupt:
         return 130
     print(result.output)

@@ -786,10 +786,17 @@ def test_no_seccomp_refuses_unless_told():
     import ctypes
     def pretend():
         return ctypes.CDLL(None).personality(8)
-    for args, status, text in ((["6 * 7"], 1, "no system call table for i686; to go on at your own risk: --sandbox limits-only"),
+    for args, status, text in ((["6 * 7"], 2, "no system call table for i686; to go on at your own risk: --sandbox limits-only"),
                                (["--sandbox", "limits-only", "6 * 7"], 0, "without seccomp")):
         done = subprocess.run([sys.executable, sandbox.__file__, *args], preexec_fn=pretend, capture_output=True, text=True)
         assert done.returncode == status and text in done.stderr and done.stderr.count("\n") == 1 and (status or done.stdout == "42\n")
+
+
+def test_python_found_by_a_relative_path():
+    """`PATH=.venv/bin:$PATH python ...`: sys.executable is relative then, and the zygote starts in /."""
+    where = os.path.relpath(sys.prefix) + "/bin"
+    done = subprocess.run(["python", sandbox.__file__, "6 * 7"], env=os.environ | {"PATH": f"{where}:/usr/bin:/bin"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
 def test_wrong_mode():
