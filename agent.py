@@ -23,6 +23,7 @@ Left out: servers, other engines, several tools, JSON tool schemas. The one tool
 """
 
 import argparse
+import bisect
 import contextlib
 import hashlib
 import importlib.metadata
@@ -38,7 +39,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Parser, Problem, Prompt, UserError, disarm, embedded_model, encode
-from data import go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main, whole_safetensors, with_template
+from data import first_line, go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main, whole_safetensors, with_template
 from sandbox import Result, Sandbox, SandboxError, Session
 
 OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
@@ -59,9 +60,11 @@ class Trace:
     text: str = ""  # all that follows the prompt, decoded once at the end
     spans: list[tuple[str, int]] = field(default_factory=list)  # (model | code | output, characters): they tile `text`
     answer: str | None = None
+    box_tokens: int | None = None  # sampled tokens up to the end of the first complete box in the model's prose
     seconds: float = 0.0
     # while the trace runs; a segment is what the model writes between two inserted outputs:
     segment: str = ""
+    ends: list[int] = field(default_factory=list)  # the segment's length after each of its tokens
     code_at: int | None = None  # where the segment's call begins; what stands before it is prose
     decoder: object = None  # turns the segment's ids into text one by one
     inserted: int = 0  # tokens inserted so far
@@ -250,6 +253,7 @@ class Agent:
                 trace.code_at = len(trace.segment)
             if not ended:  # the token that ends the turn is no text
                 trace.segment += self.text_of(trace, i)
+            trace.ends.append(len(trace.segment))
         if not self.close_ids and self.settings.prompt.agent and trace.code_at is None:
             at = trace.segment.find(CALL_OPEN, max(0, before - len(CALL_OPEN)))
             trace.code_at = at if at >= 0 else None
@@ -291,7 +295,8 @@ class Agent:
         """Append a snippet's output, untrusted text, as masked tokens; False, with finish set, when nothing more fits."""
         trace.calls.append((snippet_in(trace.segment[trace.code_at :]), result))
         room = min(self.settings.inserted_tokens - trace.inserted, self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1)
-        # A fence inside the output would end the block early. Encoded alone, and no added token can come out of it.
+        # A fence inside the output would end the block early; SPLIT goes first, for it could hide one from `replace` and is
+        # dropped later. Encoded alone, and no added token can come out of it.
         shown = encode(self.tokenizer, disarm(self.tokenizer, result.output.replace(SPLIT, "").replace("```", "'''")))
         before = encode(self.tokenizer, ("" if trace.segment.endswith("\n") else "\n") + "```output\n")
         after = encode(self.tokenizer, "\n```\n")
@@ -320,7 +325,10 @@ class Agent:
         trace.text += trace.segment
         trace.spans += [(kind, len(part)) for kind, part in (("model", prose), ("code", code)) if part]
         trace.answer = extract_answer(prose) or trace.answer
-        trace.segment, trace.code_at, trace.decoder = "", None, None
+        first = next((end for content, end in boxes(prose) if content), None)
+        if first and trace.box_tokens is None:
+            trace.box_tokens = trace.sampled - len(trace.ends) + bisect.bisect_left(trace.ends, first) + 1
+        trace.segment, trace.ends, trace.code_at, trace.decoder = "", [], None, None
 
     def end(self, trace: Trace) -> Trace:
         self.close_segment(trace)
@@ -345,20 +353,19 @@ def has_cuda() -> bool:
 ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # trained by `make reproduce` for the embedded model
 
 
-def chosen_lora(model: str | None, lora: str | None) -> str | None:
+def chosen_lora(model: str, lora: str | None) -> str | None:
     """--lora as an adapter folder or None. Without the flag the embedded model gets the adapter that we trained for it."""
-    if lora is None and (model == "embedded" or model is None and not has_cuda()) and ADAPTER.is_dir():
+    if lora is None and model == "embedded" and ADAPTER.is_dir():
         return str(ADAPTER)
     return None if lora == "none" else lora
 
 
-def resolve_model(model: str | None, lora: str | None) -> tuple[str, str | None]:
-    """(folder or hub id of the weights, adapter folder or None), with the machine's default for no model at all.
+def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
+    """(folder or hub id of the weights, adapter folder or None) for what --model and --lora say.
 
     A repository or folder that holds an adapter only is loaded as its base model with the adapter on top.
     """
     lora = chosen_lora(model, lora)
-    model = model or ("Intel/deepmath-v1" if has_cuda() else "embedded")
     if model == "embedded":
         model = str(embedded_model())
     elif lora is None and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
@@ -385,7 +392,7 @@ def adapter_config(folder: str) -> dict:
         raise UserError(f"--lora {folder}: {damaged[0]} is damaged or cut off: copy it again, or train again")
     try:
         config = json.loads((path / "adapter_config.json").read_text())
-        return {"r": int(config["r"]), "base_model_name_or_path": config.get("base_model_name_or_path"), **config}
+        return {"base_model_name_or_path": None, **config, "r": int(config["r"])}
     except (ValueError, KeyError, TypeError):
         raise UserError(f"--lora {folder}: adapter_config.json cannot be read as a LoRA configuration") from None
 
@@ -393,19 +400,26 @@ def adapter_config(folder: str) -> dict:
 def load_tokenizer(model: str):
     from transformers import AutoTokenizer
 
-    try:
+    with one_line(model):
         return AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:120]
-        raise UserError(f"model {model!r} cannot be had ({reason}); without a network use the embedded one: --model embedded") from None
 
 
 def context_length(model: str) -> int:
     """Longest sequence, in tokens, that the model's configuration allows."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(model)
+    with one_line(model):
+        config = AutoConfig.from_pretrained(model)
     return int(getattr(config, "max_position_embeddings", None) or config.get_text_config().max_position_embeddings)
+
+
+@contextlib.contextmanager
+def one_line(model: str):
+    """What transformers raises for a model that is not there, or damaged, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise UserError(f"model {model!r} cannot be had ({first_line(error)}); without a network use the embedded one: --model embedded") from None
 
 
 def take_rank() -> tuple[int, int]:
@@ -430,11 +444,11 @@ def prepare_environment(verbose: bool) -> None:
     """What vLLM reads from the environment, set before its first import. Figures: 2 cores, 135M model, 64 traces."""
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
              "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore", "GLOG_minloglevel": "2"}  # fmt: skip
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    cores = sorted(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     fast = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: no pickling, no second process
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)) or "auto",  # all cores; one would be kept free (135 -> 233 tok/s)
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all cores; one would be kept free (135 -> 233 tok/s)
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token: 4 hold 64 traces of 1,400 tokens
         "VLLM_NO_USAGE_STATS": "1",
         # One small function of vLLM's sampler is compiled at the first token: seconds, and a C++ compiler is not everywhere.
@@ -545,7 +559,7 @@ def open_agent(args, problems: list[Problem] = ()):
     """
     prepare_environment(args.verbose)
     settings = settings_from(args)
-    if args.model not in (None, "embedded") or has_cuda():
+    if args.model != "embedded":
         go_offline_without_hub()
     with contextlib.ExitStack() as stack:
         box = stack.enter_context(Sandbox(mode=args.sandbox)) if settings.prompt.agent else None
@@ -566,12 +580,12 @@ def open_agent(args, problems: list[Problem] = ()):
         except (OSError, ValueError, RuntimeError, StopIteration) as error:
             reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[:3])[:300]  # pydantic's first line says nothing
             raise UserError(f"the engine could not load {model}{' with ' + lora if lora else ''}: {reason} (--verbose shows the engine's log)") from None
-        if box:
-            try:
+        try:
+            if box:
                 box.wait_ready()
-            except SandboxError as error:
-                raise UserError(str(error)) from None
-        yield Agent(engine, tokenizer, box, settings, max_len, args.batch, request)
+            yield Agent(engine, tokenizer, box, settings, max_len, args.batch, request)
+        except SandboxError as error:  # now, or at a later snippet
+            raise UserError(str(error)) from None
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -581,10 +595,10 @@ def open_agent(args, problems: list[Problem] = ()):
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     cuda = has_cuda()
     group = parser.add_argument_group("model")
-    group.add_argument("--model", metavar="ID|DIR", help="hub id, folder, or `embedded` (default: Intel/deepmath-v1 with a GPU, else embedded)")
-    group.add_argument("--lora", metavar="DIR", help="PEFT adapter folder; `none` for no adapter (default: the embedded model's in adapters/, else none)")
+    group.add_argument("--model", default="Intel/deepmath-v1" if cuda else "embedded", metavar="ID|DIR", help="hub id, folder, or `embedded` (default: %(default)s)")
+    group.add_argument("--lora", metavar="DIR", help="PEFT adapter folder; `none` for no adapter (default: the embedded model's in adapters/, else none; grpo.py: a new one)")
     group.add_argument("--batch", type=int, default=256 if cuda else 64, metavar="N", help="traces decoded at once (default: %(default)s)")
-    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory for the engine (default: 0.9)")
+    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory for the engine (default: %(default)s)")
     group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share one model (default: 1)")
     group.add_argument("--verbose", action="store_true", help="show the engine's log")
     group = parser.add_argument_group("prompt and tool")
@@ -593,11 +607,11 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--few-shot", metavar="STYLE|FILE", help="turns, system, none, a file like fewshot.txt, or style:file (default: turns for the embedded model, else system)")
     group.add_argument("--sandbox", choices=["auto", "limits-only"], default="auto", help="limits-only: go on where the kernel has no seccomp, at your own risk")
     group = parser.add_argument_group("sampling and budgets")
-    group.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0 is greedy (default: %(default)s)")
+    group.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0 is greedy (default: 0.6; grpo.py: a schedule)")
     group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
     group.add_argument("--top-k", type=int, default=20, metavar="K", help="0 is off (default: %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="same seed, same traces, up to rounding that depends on the batch; -1: not repeatable (default: 0)")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens per trace (default: 1024 for the embedded model, else 20000)")
+    group.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens per trace (default: 1024 for the embedded model, else 20000; grpo.py: the preset's)")
     group.add_argument("--max-step-tokens", type=int, default=3000, metavar="N", help="tokens of one engine request, after which generation goes on (default: %(default)s)")
     group.add_argument("--max-calls", type=int, default=50, metavar="N", help="snippets per trace (default: %(default)s)")
     group.add_argument("--snippet-seconds", type=float, default=20.0, metavar="S", help="wall time of a snippet (default: %(default)s)")
@@ -606,7 +620,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 
 def settings_from(args) -> Settings:
     """Settings from parsed flags, with the defaults that depend on the model. Raises UserError for values out of range."""
-    small = args.model == "embedded" or (args.model is None and not has_cuda())
+    small = args.model == "embedded"
     if args.max_tokens is None:
         args.max_tokens = 1024 if small else 20_000
     low = {"temperature": 0, "top_k": 0, "max_tokens": 1, "max_step_tokens": 1, "max_calls": 0, "batch": 1, "tensor_parallel": 1}
@@ -666,12 +680,11 @@ class View:
         self.held, self.in_call = "", False
 
 
-def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool, progress: Callable = lambda done: None) -> dict:
+def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool) -> dict:
     """n traces of one problem and their vote; prints them for people unless as_json. Returns the JSON object."""
     started, view, traces = time.monotonic(), View(console), []
     for trace in agent.rollout(((problem, i) for i in range(n)), view if n == 1 and not as_json else None):
         traces.append(trace)
-        progress(len(traces))
         if n > 1 and not as_json:
             console.print(f"trace {trace.sample:2d}: {trace.sampled:5d} tokens, {len(trace.calls)} calls, {trace.finish}: "
                           f"{trace.answer or 'no answer'}", markup=False, highlight=False)  # fmt: skip
@@ -744,10 +757,7 @@ def main() -> None:
         if sys.stderr.isatty():
             print("\033[K", file=sys.stderr, end="", flush=True)
         for problem in fixed or (Problem(problem_id(q), q, None) for q in questions(console)):
-            try:
-                result = solve(agent, problem, args.n, console, args.json)
-            except SandboxError as error:
-                raise UserError(str(error)) from None
+            result = solve(agent, problem, args.n, console, args.json)
             if args.json:
                 os.write(out, (json.dumps(result, ensure_ascii=False) + "\n").encode())
 

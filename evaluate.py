@@ -43,15 +43,51 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import Trace, add_model_flags, boxes, chosen_lora, extract_answer, has_cuda, open_agent, settings_from, take_rank
+from agent import Trace, add_model_flags, chosen_lora, extract_answer, open_agent, settings_from, take_rank
 from data import Parser, Problem, UserError, add_data_flags, load_from_flags, run_main
+
+
+class Verdict(NamedTuple):
+    equal: bool
+    status: str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok count as wrong
+
+
+class Vote(NamedTuple):
+    winner: str | None  # of a tie, the candidate that was sampled first
+    clusters: list[tuple[str, int, list[int]]]  # (first answer, votes, indices), most votes first
+
+
+@dataclass
+class Graded:
+    """One problem of one run, graded."""
+
+    problem: dict  # dataset, id, question, answer, meta
+    rows: list[dict]  # its traces, by sample number
+    answers: list[str | None]
+    verdicts: list[Verdict]
+    clusters: list[tuple[str, int, list[int], bool]]  # (answer, votes, positions in rows, right), most votes first
+    majority: list[float]  # at k = 1..n
+
+    @property
+    def right(self) -> int:
+        return sum(v.equal for v in self.verdicts)
+
+
+@dataclass
+class Run:
+    folder: Path
+    name: str
+    config: dict
+    datasets: dict[str, list[Graded]]  # problems that have at least one trace
+    missing: int  # traces still to be sampled
+
 
 # ---------------------------------------------------------------------------------------------------------------
 # Are two answers the same? Strings in, True or False out. `quick` needs nothing but this file; `same` may need sympy
@@ -361,8 +397,8 @@ def same_pieces(g: str, a: str, depth: int) -> bool:
     gs, as_ = items(g), items(a)
     if len(gs) > 1 or len(as_) > 1 or g.startswith("\\{") or a.startswith("\\{"):
         return same_lists(g, a, gs, as_, depth)
-    r, s = relation(g), relation(a)
-    if r and s and not (g_name and a_name) and same_relation(r, s):
+    left, right = relation(g), relation(a)
+    if left and right and not (g_name and a_name) and same_relation(left, right):
         return True
     if (g_name or a_name) and not (g_name and a_name and squeeze(g_name) != squeeze(a_name) and not renamed(g_name, a_name)):
         return same(g_value, a_value, depth + 1)
@@ -380,10 +416,7 @@ def same_pieces(g: str, a: str, depth: int) -> bool:
     r, s = split_top(g, ":"), split_top(a, ":")
     if len(r) == len(s) > 1:  # a ratio
         return all(same(f"({x})({s[0]})", f"({y})({r[0]})", depth + 1) for x, y in zip(r[1:], s[1:]))
-    r, s = relation(g), relation(a)
-    if r and s:
-        return same_relation(r, s) or same_scalar(g, a)
-    return same_scalar(g, a)
+    return bool(left and right and g_name and a_name and same_relation(left, right)) or same_scalar(g, a)
 
 
 def renamed(g: str, a: str) -> bool:
@@ -411,7 +444,7 @@ def items(text: str) -> list[str]:
 
 
 def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> bool:
-    """Bare lists and sets have no order; a list of differently named values has one for an answer without names."""
+    """Bare lists and sets have no order, sets no repetitions; a list of differently named values has one for an answer without names."""
     g_names, a_names = [unname(p)[0] for p in gs], [unname(p)[0] for p in as_]
     gv, av = [unname(p)[1] for p in gs], [unname(p)[1] for p in as_]
     if all(g_names) and len(set(g_names)) == len(gs) > 1:
@@ -425,7 +458,7 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
         return len(gv) == len(av) and all(same(p, q, depth + 1) for p, q in zip(gv, av))
     if all(a_names) and len(set(a_names)) == len(as_) > 1:  # the other way round
         return same_lists(a, g, as_, gs, depth)
-    if unordered(gv, av, depth):
+    if unordered(gv, av, depth, count=not (g.startswith("\\{") or a.startswith("\\{"))):
         return True
     if len(set(filter(None, g_names + a_names))) > 1:
         return False
@@ -442,12 +475,20 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
     return unordered(parts(g, gs), parts(a, as_), depth)
 
 
-def unordered(gs: list[str], as_: list[str], depth: int) -> bool:
-    """Whether two lists are equal as sets: order and repetition do not matter."""
-    def found(p, others, flip):
-        return any(squeeze(p) == squeeze(q) for q in others) or any(same(*((q, p) if flip else (p, q)), depth + 1) for q in others)
+def unordered(gs: list[str], as_: list[str], depth: int, count: bool = False) -> bool:
+    """Whether two lists are equal whatever their order: as sets, or (count) with every repetition."""
+    def place(p, others, flip):
+        tests = (lambda q: squeeze(p) == squeeze(q), lambda q: same(*((q, p) if flip else (p, q)), depth + 1))  # the cheap one first
+        return next((i for test in tests for i, q in enumerate(others) if test(q)), None)
 
-    return all(found(p, as_, False) for p in gs) and all(found(q, gs, True) for q in as_)
+    if not count:
+        return all(place(p, as_, False) is not None for p in gs) and all(place(q, gs, True) is not None for q in as_)
+    rest = list(as_)
+    for p in gs:
+        if (i := place(p, rest, False)) is None:
+            return False
+        del rest[i]
+    return not rest
 
 
 def bracketed(text: str) -> tuple[str, list[str], str] | None:
@@ -524,7 +565,7 @@ def to_latex(text: str) -> str:
                 text = f"{text[: m.end() - 1]}{{{text[m.end() : end]}}}{text[end + 1 :]}"
     text = re.sub(r"_\s*(?:\{\s*\\([a-zA-Z]+)\s*\}|\\([a-zA-Z]+)|(\d))", lambda m: f"_{{{m[1] or m[2] or m[3]}}}", text)
     text = re.sub(r"\^\s*(-?\d+(?:\.\d+)?)", r"^{\1}", text)
-    text = re.sub(r"(?<![A-Za-z\\])((?:\\[a-zA-Z]+|[A-Za-z])(?:_(?:\w|\{[^{}]*\}))?)('+|\^\{?(?:\\prime)+\}?)", lambda m: prime(m), text)
+    text = re.sub(r"(?<![A-Za-z\\])((?:\\[a-zA-Z]+|[A-Za-z])(?:_(?:\w|\{[^{}]*\}))?)('+|\^\{?(?:\\prime)+\}?)", prime, text)
     text = re.sub(r"(?<![\w.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", lambda m: f"({m[1]}+\\frac{{{m[2]}}}{{{m[3]}}})" if int(m[2]) < int(m[3]) else m[0], text)
     text = re.sub(r"(?<=[\d)])\s*(?=\(|\\frac)|(?<=\))\s*(?=\d)", r" \\cdot ", text)  # else the parser adds: (3)(8) = 11
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
@@ -640,11 +681,6 @@ def same_relation(g: tuple[str, str], a: tuple[str, str]) -> bool:
 # Grading workers
 
 
-class Verdict(NamedTuple):
-    equal: bool
-    status: str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok count as wrong
-
-
 class Grader:
     """Verdicts on (gold, answer) pairs, each pair decided once.
 
@@ -704,16 +740,19 @@ class Grader:
             self.processes.add(process)
         return process
 
+    def _end(self, worker: subprocess.Popen) -> int:
+        worker.kill()
+        with self.lock:
+            self.processes.discard(worker)
+        return worker.wait()
+
     def _ask(self, gold: str, answer: str, again: bool = True) -> Verdict:
         """Send one pair to an idle worker and wait; a worker that dies or is late is replaced, and one that died of another
         cause than the pair's own time is asked a second time, of a new worker: somebody else may have killed it, and others."""
         worker, status, lasting = self.workers.get(), "crashed", True
         try:
             if worker and (not again or worker.poll() is not None):  # poll alone misses one that is being killed just now
-                worker.kill()
-                worker.wait()
-                with self.lock:
-                    self.processes.discard(worker)
+                self._end(worker)
                 worker = None
             worker = worker or self._start()
             reply = b""
@@ -727,13 +766,9 @@ class Grader:
             if reply:
                 verdict = Verdict(*json.loads(reply))
             else:
-                worker.kill()
-                lasting = worker.wait() == -signal.SIGPROF  # a crash or a stalled machine may pass: ask again next time
+                lasting = self._end(worker) == -signal.SIGPROF  # a crash or a stalled machine may pass: ask again next time
                 status = "timeout" if lasting else status
-                verdict = Verdict(False, status)
-                with self.lock:
-                    self.processes.discard(worker)
-                worker = None
+                verdict, worker = Verdict(False, status), None
         finally:
             self.workers.put(worker)
         if status == "crashed" and worker is None and again and not self.closed:
@@ -804,11 +839,6 @@ def fallback_answer(text: str) -> str | None:
 # Votes and metrics: pure functions
 
 
-class Vote(NamedTuple):
-    winner: str | None  # of a tie, the candidate that was sampled first
-    clusters: list[tuple[str, int, list[int]]]  # (first answer, votes, indices), most votes first
-
-
 def vote(answers: list[str | None], grader: Grader | None = None) -> Vote:
     """Cluster answers by equivalence with a cluster's first member; None does not vote."""
     with contextlib.nullcontext(grader) if grader else Grader(workers=1) as grader:
@@ -873,76 +903,43 @@ def interval_of(*series: list[float], statistic=lambda *means: means[0], resampl
     return float(low), float(high)
 
 
-def first_box_tokens(trace: Trace, tokenizer) -> int | None:
-    """Sampled tokens up to the end of the first complete box in the model's prose; None without one.
-
-    A token's share of the text is taken from the length of its name, which is its number of bytes in byte-level
-    vocabularies.
-    """
-    at, seen = 0, ""
-    for kind, length in trace.spans:
-        piece = trace.text[at : at + length]
-        cut = next((end for content, end in boxes(piece) if content), None) if kind == "model" else None
-        if cut:
-            seen = trace.text[: at + cut]
-            break
-        at += length
-    if not seen:
-        return None
-    sizes = [len(t) for t in tokenizer.convert_ids_to_tokens(trace.ids)]
-    goal, total, tokens = len(seen.encode()) / max(1, len(trace.text.encode())) * sum(sizes), 0, 0
-    for size, sampled in zip(sizes, trace.mask, strict=True):
-        if total >= goal:
-            break
-        total += size
-        tokens += sampled
-    return tokens
-
-
 # ---------------------------------------------------------------------------------------------------------------
 # A run's folder
 
 CUT = ("max_tokens", "context", "max_calls")  # the trace was ended, it did not end
 
 
-def trace_row(trace: Trace, tokenizer) -> dict:
+def trace_row(trace: Trace) -> dict:
     """One line of traces.jsonl. Lengths in tokens; spans tile the text as [kind, characters]."""
     return {"id": trace.problem.id, "sample": trace.sample, "answer": trace.answer, "finish": trace.finish,
-            "tokens": sum(trace.mask), "all_tokens": len(trace.ids), "box_tokens": first_box_tokens(trace, tokenizer),
+            "tokens": trace.sampled, "all_tokens": len(trace.ids), "box_tokens": trace.box_tokens,
             "calls": [{"status": r.status, "seconds": round(r.seconds, 4)} for _, r in trace.calls],
             "seconds": round(trace.seconds, 3), "text": trace.text, "spans": trace.spans}  # fmt: skip
 
 
-def read_traces(path: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
-    """(problem id, sample) -> row. A line that a kill cut in two is left out, so is a damaged one (said where `tell`)."""
-    rows, damaged = {}, 0
-    if path.exists():
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    row = json.loads(line) if line.endswith(b"\n") else None
-                    rows.setdefault((row["id"], row["sample"]), row)
-                except (ValueError, TypeError, KeyError):
-                    damaged += line.endswith(b"\n")
-    if damaged and not rows:
-        raise UserError(f"{path}: no line is a trace; this file was not written by evaluate.py")
-    if damaged and tell:
-        print(f"{path}: {damaged} damaged lines are left out, their traces are sampled again", file=sys.stderr)
-    return rows
-
-
-def read_run_traces(out: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
-    """The traces of all ranks; each rank of a torchrun job appends to a file of its own."""
-    found: dict[tuple[str, int], dict] = {}
+def read_traces(out: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
+    """(problem id, sample) -> row, of all ranks: each appends to a file of its own. A line that a kill cut in two is left
+    out, so is a damaged one (said where `tell`)."""
+    rows: dict[tuple[str, int], dict] = {}
     for path in sorted(out.glob("traces*.jsonl")):
-        found = {**read_traces(path, tell), **found}
-    return found
+        before, damaged = len(rows), 0
+        for line in path.open("rb"):
+            try:
+                row = json.loads(line) if line.endswith(b"\n") else None
+                rows.setdefault((row["id"], row["sample"]), row)
+            except (ValueError, TypeError, KeyError):
+                damaged += line.endswith(b"\n")
+        if damaged and len(rows) == before:
+            raise UserError(f"{path}: no line is a trace; this file was not written by evaluate.py")
+        if damaged and tell:
+            print(f"{path}: {damaged} damaged lines are left out, their traces are sampled again", file=sys.stderr)
+    return rows
 
 
 def write_json(path: Path, value, lines: bool = False) -> None:
     """Write a whole file or none of it."""
     text = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value, ensure_ascii=False, indent=1) + "\n"
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # ranks may write the same file at once
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -962,50 +959,46 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
-def open_run(out: Path, config: dict, problems: list[dict], file_name: str = "traces.jsonl") -> dict[tuple[str, int], dict]:
-    """Create or continue a run's folder; returns the traces it already holds. Raises UserError for other settings."""
+def open_traces(out: Path, rank: int, stack: contextlib.ExitStack):
+    """This rank's file of traces, open for appending and locked until the stack closes; a line cut in two is taken off."""
     out.mkdir(parents=True, exist_ok=True)
+    path = out / (f"traces-{rank}.jsonl" if rank else "traces.jsonl")
+    file = stack.enter_context(path.open("a", encoding="utf-8"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"another run is writing into {out}: wait for it, or give another --out") from None
+    whole = path.read_bytes().rfind(b"\n") + 1
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
+    return file
+
+
+def open_run(out: Path, config: dict, problems: list[dict], rank: int = 0) -> dict[tuple[str, int], dict]:
+    """Create or continue a run's folder; returns the traces it already holds. A run may grow, by --n and --limit, and never
+    shrinks. Raises UserError for other settings and for other problems under the same name."""
     file = out / "config.json"
     if file.exists():
         try:
             old = json.loads(file.read_text())
             changed = differences(old["settings"], json.loads(json.dumps(config["settings"])))
-        except (ValueError, KeyError, TypeError):
+            there = {row["id"]: row for row in map(json.loads, (out / "problems.jsonl").read_bytes().splitlines())}
+            config = {**config, "n": max(old["n"], config["n"])}
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{file} is not a run's configuration: give another folder with --out") from None
         if changed:
             raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out, or the old settings")
-        if old["n"] > config["n"]:
-            config = {**config, "n": old["n"]}
-    elif (out / file_name).exists():
+        for name in {row["dataset"] for row in problems}:
+            ours, theirs = ({row["id"] for row in rows if row["dataset"] == name} for rows in (problems, there.values()))
+            if not (ours <= theirs or theirs <= ours):
+                raise UserError(f"{out} holds a run on other problems of the name {name}: give another --out")
+        problems = list((there | {row["id"]: row for row in problems}).values())
+    elif any(path.stat().st_size for path in out.glob("traces*.jsonl")):
         raise UserError(f"{out} has traces but no config.json: give another folder with --out")
-    write_json(out / "problems.jsonl", problems, lines=True)
-    write_json(file, config)
-    return read_run_traces(out, tell=True)
-
-
-@dataclass
-class Scored:
-    """One problem of one run, graded."""
-
-    problem: dict  # dataset, id, question, answer, meta
-    rows: list[dict]  # its traces, by sample number
-    answers: list[str | None]
-    verdicts: list[Verdict]
-    clusters: list[tuple[str, int, list[int], bool]]  # (answer, votes, positions in rows, right), most votes first
-    majority: list[float]  # at k = 1..n
-
-    @property
-    def right(self) -> int:
-        return sum(v.equal for v in self.verdicts)
-
-
-@dataclass
-class Run:
-    folder: Path
-    name: str
-    config: dict
-    datasets: dict[str, list[Scored]]  # problems that have at least one trace
-    missing: int  # traces still to be sampled
+    if rank == 0:
+        write_json(out / "problems.jsonl", problems, lines=True)
+        write_json(file, config)
+    return read_traces(out, tell=True)
 
 
 def load_run(folder: Path, fallback: bool = False) -> Run:
@@ -1017,19 +1010,19 @@ def load_run(folder: Path, fallback: bool = False) -> Run:
     except (OSError, ValueError, KeyError):
         raise UserError(f"{folder} is not a run: it needs the config.json and problems.jsonl that evaluate.py --out writes") from None
     traces: dict[str, list[dict]] = {}
-    for (pid, _), row in sorted(read_run_traces(folder).items(), key=lambda item: item[0][1]):
+    for (pid, _), row in sorted(read_traces(folder).items(), key=lambda item: item[0][1]):
         traces.setdefault(pid, []).append(row)
     writable = os.access(folder, os.W_OK)
     with Grader(folder / "grades.jsonl" if writable else None) as grader:
         def answer(row):
-            prose = "".join(s for kind, s in pieces(row) if kind == "model")
-            return row["answer"] or (fallback_answer(prose) if fallback else None)
+            prose = "".join(s for kind, s in pieces(row) if kind == "model") if fallback else ""
+            return row["answer"] or fallback_answer(prose)
 
         for p in problems:  # all at once, so that every worker is busy
             for row in traces.get(p["id"], ()):
                 if p["answer"] is not None:
                     grader.submit(p["answer"], answer(row))
-        datasets: dict[str, list[Scored]] = {}
+        datasets: dict[str, list[Graded]] = {}
         for p in problems:
             if rows := traces.get(p["id"]):
                 datasets.setdefault(p["dataset"], []).append(score(p, rows, [answer(r) for r in rows], grader))
@@ -1046,12 +1039,12 @@ def pieces(row: dict) -> list[tuple[str, str]]:
     return found
 
 
-def score(problem: dict, rows: list[dict], answers: list[str | None], grader: Grader) -> Scored:
+def score(problem: dict, rows: list[dict], answers: list[str | None], grader: Grader) -> Graded:
     """Grade and vote one problem's traces. A cluster is right if its first member is."""
     gold = problem["answer"]
     verdicts = [grader(gold, a) if gold is not None else Verdict(False, "none") for a in answers]
     clusters = [(a, count, at, verdicts[at[0]].equal) for a, count, at in vote(answers, grader).clusters]
-    return Scored(problem, rows, answers, verdicts, clusters, majority_at([(c, right) for _, c, _, right in clusters], len(rows)))
+    return Graded(problem, rows, answers, verdicts, clusters, majority_at([(c, right) for _, c, _, right in clusters], len(rows)))
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1063,12 +1056,12 @@ def mean(values) -> float:
     return sum(values) / len(values) if values else math.nan
 
 
-def at_k(scored: list[Scored], k: int) -> list[float]:
-    """majority@k of each problem; of all its samples where it has fewer."""
-    return [s.majority[min(k, len(s.rows)) - 1] for s in scored]
+def at_k(scored: list[Graded], k: int | None = None) -> list[float]:
+    """majority@k of each problem; of all its samples where it has fewer, or without a k."""
+    return [s.majority[min(k or len(s.rows), len(s.rows)) - 1] for s in scored]
 
 
-def lengths(scored: list[Scored], key: str = "tokens") -> list[float]:
+def lengths(scored: list[Graded], key: str = "tokens") -> list[float]:
     """Mean length of each problem's traces, in tokens."""
     return [mean(r[key] for r in s.rows) for s in scored]
 
@@ -1087,12 +1080,12 @@ def share(counts: Counter, total: int) -> str:
     return ", ".join(f"{name} {count} ({100 * count / total:.1f} %)" for name, count in counts.most_common()) or "none"
 
 
-def details(scored: list[Scored]) -> dict[str, str]:
+def details(scored: list[Graded]) -> dict[str, str]:
     """Everything that is measured on one dataset of one run, by name."""
     rows = [r for s in scored for r in s.rows]
     k = max(len(s.rows) for s in scored)
     whole = [r["tokens"] for r in rows if r["finish"] not in CUT]
-    boxes = [r["box_tokens"] for r in rows if r["box_tokens"] is not None]
+    first_box = [r["box_tokens"] for r in rows if r["box_tokens"] is not None]
     calls = Counter(c["status"] for r in rows for c in r["calls"])
     failed = Counter({name: count for name, count in calls.items() if name != "ok"})
     undecided = Counter(v.status for s in scored for v in s.verdicts if v.status not in ("ok", "none"))
@@ -1106,7 +1099,7 @@ def details(scored: list[Scored]) -> dict[str, str]:
         "all tokens (with outputs)": tokens(lengths(scored, "all_tokens")),
         "model tokens of traces that were not cut": f"{mean(whole):.0f}",
         "traces cut, %": f"{100 * (1 - len(whole) / len(rows)):.1f}",
-        "model tokens up to the first box": f"{mean(boxes):.0f}",
+        "model tokens up to the first box": f"{mean(first_box):.0f}",
         "traces without an answer, %": f"{100 * mean(a is None for s in scored for a in s.answers):.1f}",
         "calls per trace": f"{mean(len(r['calls']) for r in rows):.2f}",
         "traces with a call, %": f"{100 * mean(bool(r['calls']) for r in rows):.1f}",
@@ -1139,18 +1132,18 @@ def breakdown(runs: list[Run], dataset: str, key: str) -> list[list[str]] | None
                 groups.setdefault(value(s), [[] for _ in runs])[i].append(s)
     if not 1 < len(groups) <= 40:
         return None
-    return [[str(v), str(max(map(len, parts))), *(f"{100 * mean(at_k(p, 10**6)):.1f} / {mean(lengths(p)):.0f}" if p else "" for p in parts)]
+    return [[str(v), str(max(map(len, parts))), *(f"{100 * mean(at_k(p)):.1f} / {mean(lengths(p)):.0f}" if p else "" for p in parts)]
             for v, parts in sorted(groups.items(), key=lambda item: (str(type(item[0])), item[0]))]  # fmt: skip
 
 
-def compare(base: list[Scored], other: list[Scored]) -> tuple[str, str, int]:
+def compare(base: list[Graded], other: list[Graded]) -> tuple[str, str, int]:
     """(difference of majority@n in points, change of length in %, problems), paired over the problems of both."""
     first, second = ({s.problem["id"]: s for s in scored} for scored in (base, other))
     ids = [i for i in first if i in second]
     if not ids:
         return "", "", 0
     a, b = [first[i] for i in ids], [second[i] for i in ids]
-    gains = [y - x for x, y in zip(at_k(a, 10**6), at_k(b, 10**6), strict=True)]
+    gains = [y - x for x, y in zip(at_k(a), at_k(b), strict=True)]
     low, high = interval_of(gains)
     change = lambda x, y: 100 * (y / x - 1)  # noqa: E731
     x, y = lengths(a), lengths(b)
@@ -1207,23 +1200,17 @@ class Meter:
         self.console = Console(stderr=True)
         self.start, self.line_at, self.tokens, self.total, self.done = time.monotonic(), time.monotonic(), 0, total, done
         self.first = done
-        self.pending, self.right, self.graded = deque(), 0, 0
+        self.right: list[bool] = []
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} traces"),
                             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)  # fmt: skip
         self.task = self.bar.add_task("starting", total=total, completed=done)
 
     def add(self, sampled: int, verdict: Future | None) -> None:
         self.done, self.tokens = self.done + 1, self.tokens + sampled
-        if verdict:
-            self.pending.append(verdict)
-        for _ in range(len(self.pending)):
-            future = self.pending.popleft()
-            if future.done():
-                self.graded, self.right = self.graded + 1, self.right + future.result().equal
-            else:
-                self.pending.append(future)
+        if verdict:  # only one rank grades
+            verdict.add_done_callback(lambda f: f.cancelled() or self.right.append(f.result().equal))
         seconds = time.monotonic() - self.start
-        text = f"avg@1 {100 * self.right / self.graded:.1f} %  " if self.graded else ""  # only one rank grades
+        text = f"avg@1 {100 * mean(self.right):.1f} %  " if self.right else ""
         text += f"{self.tokens / max(0.1, seconds):.0f} tok/s"
         self.bar.update(self.task, completed=self.done, description=text)
         if not self.console.is_terminal and (time.monotonic() - self.line_at > 30 or self.done == self.total):
@@ -1247,31 +1234,35 @@ def run(args) -> int:
     """Sample what is missing in the run's folder, then print its report."""
     rank, ranks = take_rank()  # before anything can import torch
     sampling = asdict(settings_from(args))  # a wrong flag ends here, before anything is loaded
-    model = args.model or ("Intel/deepmath-v1" if has_cuda() else "embedded")
-    names = [name for name in args.dataset.split(",") if name]
-    loaded = {Path(name).stem if name.endswith((".jsonl", ".json", ".csv", ".parquet")) else name:
-              load_from_flags(args, name, need_answer=not args.no_grade) for name in names}  # fmt: skip
+    names = {name: Path(name).stem if name.endswith((".jsonl", ".json", ".csv", ".parquet")) else name for name in args.dataset.split(",") if name}
+    if len(set(names.values())) < len(names):
+        raise UserError(f"--dataset {args.dataset}: two files have the same name; rename one, it is the set's name in the report")
+    loaded = {short: load_from_flags(args, name, need_answer=not args.no_grade) for name, short in names.items()}
     rows = [{"dataset": name, "id": p.id, "question": p.question, "answer": None if args.no_grade else p.answer, "meta": small_meta(p.meta)}
             for name, problems in loaded.items() for p in problems]  # fmt: skip
     problems: dict[str, Problem] = {p.id: p for ps in loaded.values() for p in ps}
-    out = Path(args.out or "-".join(["runs/" + "-".join(loaded), Path(model).name, *["baseline"] * args.no_agent])).absolute()
+    out = Path(args.out or "-".join(["runs/" + "-".join(loaded), Path(args.model).name, *["baseline"] * args.no_agent])).absolute()
     lora = chosen_lora(args.model, args.lora)
     chosen = {key: getattr(args, key) for key in ("config", "split", "question_key", "answer_key", "where", "shuffle")}
-    settings = {"model": model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
+    settings = {"model": args.model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
     config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings, "limit": args.limit,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.uname().nodename}, {os.cpu_count()} cores"}  # fmt: skip
-    file_name = f"traces-{rank}.jsonl" if rank else "traces.jsonl"
-    done = open_run(out, config, rows, file_name)
-    # A rank's share goes by place, not by what is missing: ranks may look into the folder at different moments.
-    # All problems' first traces come before the second ones: those find their prompt in the engine's cache.
-    every = [(p, i) for i in range(args.n) for p in problems.values()]
-    jobs = [(p, i) for place, (p, i) in enumerate(every) if place % ranks == rank and (p.id, i) not in done]
-    if jobs:
-        sample(args, out / file_name, problems, jobs, done)
+    with contextlib.ExitStack() as stack:
+        file = open_traces(out, rank, stack)
+        done = open_run(out, config, rows, rank)
+        # A rank's share goes by place, not by what is missing: ranks may look into the folder at different moments.
+        # All problems' first traces come before the second ones: those find their prompt in the engine's cache.
+        every = [(p, i) for i in range(args.n) for p in problems.values()]
+        jobs = [(p, i) for place, (p, i) in enumerate(every) if place % ranks == rank and (p.id, i) not in done]
+        if jobs:
+            sample(args, out, file, None if rank or args.no_grade else out / "grades.jsonl", problems, jobs, done, stack)
     if rank:
         return 0
-    while ranks > 1 and not read_run_traces(out).keys() >= {(p.id, i) for p, i in every}:  # torchrun ends us if a rank fails
-        time.sleep(2)
+    while ranks > 1:  # torchrun ends us if a rank fails
+        started = time.monotonic()
+        if read_traces(out).keys() >= {(p.id, i) for p, i in every}:
+            break
+        time.sleep(1 + 10 * (time.monotonic() - started))
     finished = load_run(out, args.fallback)
     write_json(out / "results.json", [{"id": s.problem["id"], "dataset": name, "gold": s.problem["answer"], "majority": s.majority, "answers": s.answers,
                "correct": [v.equal for v in s.verdicts], "status": [v.status for v in s.verdicts]}
@@ -1280,35 +1271,24 @@ def run(args) -> int:
     return 0
 
 
-def sample(args, path: Path, problems: dict[str, Problem], jobs: list[tuple[Problem, int]], done: dict) -> None:
-    """Sample the missing traces, one line each in `path` the moment it ends; grading goes on beside it."""
-    out = path.parent
+def sample(args, out: Path, file, grades: Path | None, problems: dict[str, Problem], jobs: list[tuple[Problem, int]], done: dict, stack) -> None:
+    """Sample the missing traces, one line each in `file` the moment it ends; where `grades` is given, grading goes on beside it."""
     print(f"{out}: {len(jobs)} traces to sample" + (f", {len(done)} are there" if done else ""), file=sys.stderr, flush=True)
     there = sum(pid in problems for pid, _ in done)
-    with contextlib.ExitStack() as stack:
-        file = stack.enter_context(path.open("a", encoding="utf-8"))
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another run is writing into {out}: wait for it, or give another --out") from None
-        whole = path.read_bytes().rfind(b"\n") + 1
-        if whole < path.stat().st_size:
-            os.truncate(path, whole)  # a line that a kill cut in two
-        agent = stack.enter_context(open_agent(args, list(problems.values())))
-        alone = path.name == "traces.jsonl"  # the first rank, or the only one: it grades, the others have no one to tell
-        grader = stack.enter_context(Grader(out / "grades.jsonl")) if alone and not args.no_grade else None
-        meter = Meter(len(jobs) + there, there)
-        stack.enter_context(meter.bar)
-        try:
-            for trace in agent.rollout(iter(jobs)):
-                file.write(json.dumps(trace_row(trace, agent.tokenizer), ensure_ascii=False) + "\n")
-                file.flush()
-                gold = trace.problem.answer
-                meter.add(sum(trace.mask), grader.submit(gold, trace.answer) if grader and gold is not None else None)
-        except KeyboardInterrupt:
-            meter.bar.stop()
-            print(f"\nstopped: {meter.done} of {meter.total} traces are in {out}; the same command goes on from there", file=sys.stderr)
-            raise
+    agent = stack.enter_context(open_agent(args, list(problems.values())))
+    grader = stack.enter_context(Grader(grades)) if grades else None
+    meter = Meter(len(jobs) + there, there)
+    stack.enter_context(meter.bar)
+    try:
+        for trace in agent.rollout(iter(jobs)):
+            file.write(json.dumps(trace_row(trace), ensure_ascii=False) + "\n")
+            file.flush()
+            gold = trace.problem.answer
+            meter.add(trace.sampled, grader.submit(gold, trace.answer) if grader and gold is not None else None)
+    except KeyboardInterrupt:
+        meter.bar.stop()
+        print(f"\nstopped: {meter.done} of {meter.total} traces are in {out}; the same command goes on from there", file=sys.stderr)
+        raise
 
 
 def grade_file(path: Path, out: Path | None, fallback: bool) -> None:
@@ -1355,7 +1335,7 @@ def ablation(args, argv: list[str]) -> None:
         if weights:
             folders.append(out / name.lower().replace("+ ", "").replace(" ", "-"))
             command = [sys.executable, __file__, *rest, "--name", name, "--out", str(folders[-1]), *["--no-agent"] * plain]
-            command += [*(["--model", weights[0]] if weights[0] else []), "--lora", weights[1] or "none"]
+            command += ["--model", weights[0], "--lora", weights[1] or "none"]
             print(f"\n{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
             if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
                 sys.exit(code)
@@ -1370,7 +1350,7 @@ def main() -> int:
     group = parser.add_argument_group("what to do instead of a run")
     group.add_argument("--report", nargs="+", type=Path, metavar="RUN", help="print a Markdown report of finished or unfinished runs; no model needed")
     group.add_argument("--grade", type=Path, metavar="FILE.jsonl", help="grade rows made elsewhere (`gold` or `answer`, and `text`)")
-    group.add_argument("--ablation", action="store_true", help="Baseline, + GRPO, + Agent, DeepMath one after another; two rows without --lora or --base-model")
+    group.add_argument("--ablation", action="store_true", help="Baseline, + GRPO, + Agent, DeepMath one after another; without an adapter or --base-model the second and fourth are left out")
     # The run
     group = parser.add_argument_group("run")
     group.add_argument("--n", type=int, default=16, metavar="N", help="traces per problem (default: %(default)s)")

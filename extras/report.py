@@ -23,7 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import UserError, run_main  # noqa: E402
-from evaluate import CUT, Run, Scored, at_k, interval_of, lengths, load_run, mean, pieces, report  # noqa: E402
+from evaluate import CUT, Run, Graded, at_k, interval_of, lengths, load_run, mean, pieces, report  # noqa: E402
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]  # told apart by everyone (Okabe, Ito)
 
@@ -98,7 +98,7 @@ def trace_data(row: dict, answer: str | None, verdict, most: int) -> dict:
             "tokens": row["tokens"], "seconds": row["seconds"], "calls": [c["status"] for c in row["calls"]], "parts": parts}  # fmt: skip
 
 
-def flags(s: Scored) -> str:
+def flags(s: Graded) -> str:
     """One letter per trace: right, wrong or no answer; capital if it was cut; with ! behind it if a call failed."""
     letters = []
     for row, answer, verdict in zip(s.rows, s.answers, s.verdicts):

@@ -378,6 +378,22 @@ def test_nested_tags(tok):
     assert box.submitted == ["print(1)"] and trace.answer == "1" and trace.finish == "eos"
 
 
+@pytest.mark.parametrize("limit", [1, 3, 3000])
+def test_length_up_to_the_first_box(tok, limit):
+    """In sampled tokens, exactly: boxes in snippets and outputs, empty ones and those that are never closed do not count."""
+    first = "é🙂 \\boxed{} <tool_call>\nprint('\\boxed{5}')\n</tool_call>\n"
+    box = FakeBox("\\boxed{7}")
+    trace = one(tok, first + "∑ so {} \\boxed{\\frac{1}{2}} and \\boxed{3}. The end", box=box, max_step_tokens=limit)
+    assert box.submitted and trace.answer == "3"
+    sampled, text = [i for i, m in zip(trace.ids, trace.mask, strict=True) if m], ""
+    for n in range(1, len(sampled) + 1):
+        text = tok.decode(sampled[:n], skip_special_tokens=False)
+        if "\\frac{1}{2}}" in text:
+            break
+    assert trace.box_tokens == n < len(sampled)
+    assert one(tok, first + "\\boxed{3", box=FakeBox("1")).box_tokens is None
+
+
 def test_a_box_in_an_unclosed_call_around_a_call_is_no_answer(tok):
     trace = one(tok, "<tool_call>\n\\boxed{5}\n<tool_call>\nprint(1)\n</tool_call>\n")
     assert trace.answer is None
@@ -917,12 +933,9 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, match):
 
 def test_the_embedded_model_has_an_adapter_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(agent, "ADAPTER", tmp_path)
-    monkeypatch.setattr(agent, "has_cuda", lambda: False)
-    assert agent.chosen_lora("embedded", None) == agent.chosen_lora(None, None) == str(tmp_path)
+    assert agent.chosen_lora("embedded", None) == str(tmp_path)
     assert agent.chosen_lora("embedded", "none") is None and agent.chosen_lora("embedded", "mine") == "mine"
     assert agent.chosen_lora("Qwen/Qwen3-4B", None) is None
-    monkeypatch.setattr(agent, "has_cuda", lambda: True)
-    assert agent.chosen_lora(None, None) is None  # Intel/deepmath-v1
     monkeypatch.setattr(agent, "ADAPTER", tmp_path / "nothing")
     assert agent.chosen_lora("embedded", None) is None
 

@@ -7,11 +7,13 @@ the unbroken one.
 
 import contextlib
 import itertools
+import fcntl
 import json
 import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,7 +384,7 @@ def test_two_ranks_print_the_table_of_one_and_a_killed_rank_ends_the_job(tmp_pat
     text, _ = again.communicate(timeout=100)
     assert again.returncode == 0 and text == finished[1]
     shares = [len((out / name).read_text().splitlines()) for name in ("traces.jsonl", "traces-1.jsonl")]
-    assert shares == [60, 60] and evaluate.read_run_traces(out) == rows_of(finished[0])
+    assert shares == [60, 60] and evaluate.read_traces(out) == rows_of(finished[0])
 
 
 @pytest.mark.parametrize("cut", [1, 40])  # 1: the line is whole JSON, and only its end is missing
@@ -392,7 +394,7 @@ def test_a_torn_line_is_cut_off_and_sampled_again(tmp_path, finished, cut):
     for name in ("config.json", "problems.jsonl", "traces.jsonl"):
         (out / name).write_bytes((finished[0] / name).read_bytes())
     os.truncate(out / "traces.jsonl", (out / "traces.jsonl").stat().st_size - cut)
-    assert len(evaluate.read_traces(out / "traces.jsonl")) == 119  # a report reads around it and leaves it alone
+    assert len(evaluate.read_traces(out)) == 119  # a report reads around it and leaves it alone
     done = run_scripted(tmp_path, "--out", out)
     assert "1 traces to sample, 119 are there" in done.stderr
     assert rows_of(out) == rows_of(finished[0])
@@ -421,6 +423,35 @@ def test_two_runs_do_not_write_into_one_folder(tmp_path):
     finally:
         first.kill()
         first.wait()
+
+
+def test_a_run_never_shrinks(tmp_path, finished):
+    """Fewer problems or samples than the folder holds change nothing in it, also not from a second run that is refused."""
+    out = tmp_path / "run"
+    shutil.copytree(finished[0], out)
+    done = run_scripted(tmp_path, "--out", out, "--limit", 2, "--n", 1)
+    assert done.returncode == 0 and done.stdout == finished[1] and "to sample" not in done.stderr
+    files = {name: (out / name).read_bytes() for name in ("problems.jsonl", "traces.jsonl")}
+    assert files == {name: (finished[0] / name).read_bytes() for name in files}
+    with (out / "traces.jsonl").open("a") as file:  # somebody writes there
+        fcntl.flock(file, fcntl.LOCK_EX)
+        config = (out / "config.json").read_bytes()
+        refused = run_scripted(tmp_path, "--out", out, "--limit", 100)
+    assert refused.returncode == 2 and "another run is writing" in refused.stderr
+    assert (out / "config.json").read_bytes() == config and files == {name: (out / name).read_bytes() for name in files}
+
+
+def test_other_problems_under_the_same_name_are_refused(tmp_path):
+    for folder, numbers in (("a", (1, 2)), ("b", (3, 4)), ("c", (1, 2, 3))):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "rows.jsonl").write_text("".join(json.dumps({"question": f"What is {n} + 1?", "answer": n + 1}) + "\n" for n in numbers))
+    out = tmp_path / "run"
+    assert run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "a/rows.jsonl").returncode == 0
+    other = run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "b/rows.jsonl")
+    assert other.returncode == 2 and "other problems of the name rows" in other.stderr
+    assert run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "c/rows.jsonl").returncode == 0  # the file has grown
+    both = run_scripted(tmp_path, "--dataset", f"{tmp_path}/a/rows.jsonl,{tmp_path}/b/rows.jsonl")
+    assert both.returncode == 2 and "same name" in both.stderr
 
 
 def test_interrupted_it_says_how_to_go_on(tmp_path):
@@ -503,24 +534,6 @@ def test_report_by_hand(tmp_path):
     assert cells(second, "B", 1).startswith("+25.0 [+0.0, +50.0]") and cells(second, "B", 2).startswith("-70.0 ") and cells(second, "B", 3) == "2"
     by_level = text[text.index("| level |") :]
     assert cells(by_level, "1", 2) == "100.0 / 200" and cells(by_level, "2", 2) == "0.0 / 50" and cells(by_level, "2", 3).startswith("50.0 / ")
-
-
-def test_lengths_before_the_box():
-    from agent import Trace
-
-    class Bytes:
-        def convert_ids_to_tokens(self, ids):
-            return [chr(i) for i in ids]
-
-    prose, output, last = "2 boxes, {} \\boxed{1}", "[\\boxed{2}]", " and \\boxed{3} end"
-    text = prose + output + last
-    trace = Trace(None, 0, [], ids=[ord(c) for c in text], mask=[1] * len(prose) + [0] * len(output) + [1] * len(last), text=text,
-                  spans=[("model", len(prose)), ("output", len(output)), ("model", len(last))])  # fmt: skip
-    assert evaluate.first_box_tokens(trace, Bytes()) == len(prose)
-    trace.spans[0] = ("output", len(prose))
-    assert evaluate.first_box_tokens(trace, Bytes()) == len(prose) + len(" and \\boxed{3}")
-    trace.spans[2] = ("output", len(last))
-    assert evaluate.first_box_tokens(trace, Bytes()) is None
 
 
 # ---------------------------------------------------------------------------------------------------------------
