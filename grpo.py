@@ -749,10 +749,11 @@ def main() -> int:
         raise UserError(f"--problems {args.problems}: {args.dataset} has only {len(problems)}")
     if args.model != "embedded":
         go_offline_without_hub()
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, less than agent.py takes: the trainer needs room too
-    prepare_environment(args.verbose)
     folder, adapter = resolve_model(args.model, args.lora)
-    if args.max_tokens >= (context := context_length(folder)):
+    config = Path(folder) / "config.json"
+    with one_line(folder):  # a local folder without a library's help: this should end before anything heavy is loaded
+        context = json.loads(config.read_text()).get("max_position_embeddings") if config.is_file() else context_length(folder)
+    if context and args.max_tokens >= context:
         raise UserError(f"--max-tokens {args.max_tokens}: the model's context is {context} tokens, prompt included")
     if ranks > args.problems:
         raise UserError(f"--problems {args.problems} is less than the {ranks} ranks: each needs one at least")
@@ -774,6 +775,8 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
     # ---- model, optimiser, engine
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, less than agent.py takes: the trainer needs room too
+    prepare_environment(args.verbose)
     import torch
 
     last, state = last_checkpoint(out, say)

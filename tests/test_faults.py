@@ -275,7 +275,7 @@ def test_a_damaged_line_loses_itself_and_no_other(tmp_path, finished):
     (out / "traces.jsonl").write_bytes(b"".join(rows))
     done = run_scripted(tmp_path, "--out", out)
     assert done.returncode == 0 and "1 traces to sample, 119 are there" in done.stderr and "1 damaged lines are left out" in done.stderr
-    assert done.stdout == finished[1] and evaluate.read_run_traces(out) == rows_of(finished[0])
+    assert done.stdout == finished[1] and evaluate.read_traces(out) == rows_of(finished[0])
 
 
 @pytest.mark.parametrize("damaged", [["step-000007"], ["step-000006", "step-000007"]])
