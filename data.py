@@ -250,12 +250,16 @@ def _condition(text: str):
         number = re.search(r"-?\d+(?:\.\d+)?", str(value))
         if bounds:
             return bool(number) and float(bounds[1]) <= float(number[0]) <= float(bounds[2])
-        levels = [part.strip().lower() for part in str(value).split("->")]
         with contextlib.suppress(ValueError):  # difficulty=5 is 5.0, and `Level 5`
             return float(want) == (float(number[0]) if number else None)
-        return want.lower() in levels
+        return want.lower() in [level.lower() for level in topic_levels(value)]
 
     return test
+
+
+def topic_levels(value) -> tuple[str, ...]:
+    """`Mathematics -> Algebra -> Linear Algebra` -> its levels, most general first; a value without arrows is one level."""
+    return tuple(part.strip() for part in ("" if value is None else str(value)).split("->") if part.strip())
 
 
 def _problems(rows, where: str, question_key, answer_key, need_answer):

@@ -51,7 +51,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from agent import Trace, add_model_flags, chosen_lora, extract_answer, open_agent, settings_from, take_rank
-from data import Parser, Problem, UserError, add_data_flags, load_from_flags, run_main
+from data import Parser, Problem, UserError, add_data_flags, load_from_flags, run_main, topic_levels
 
 
 class Verdict(NamedTuple):
@@ -1123,7 +1123,7 @@ def breakdown(runs: list[Run], dataset: str, key: str) -> list[list[str]] | None
     """Rows (value, problems, majority@n and mean length of each run); None where a column is missing or has too many values."""
     def value(s):
         v = s.problem["meta"].get(key)
-        return v.split("->")[0 if " -> " not in v else 1].strip() if isinstance(v, str) and key == "topic" else v
+        return topic_levels(v)[:2][-1] if key == "topic" and topic_levels(v) else v
 
     groups: dict = {}
     for i, run in enumerate(runs):

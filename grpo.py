@@ -442,9 +442,11 @@ def load_trainer(args, folder: str, adapter: Path | None):
         model = get_peft_model(base, LoraConfig(
             r=args.lora_rank, lora_alpha=args.lora_alpha, use_rslora=args.rslora, lora_dropout=0.0,
             target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
-    for module in model.modules():
+    for module in model.modules():  # the base model's dropout too: the policy that is trained is the one that sampled
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+        if hasattr(module, "attention_dropout"):
+            module.attention_dropout = 0.0
     if args.model == "embedded":  # its cache folder's path means nothing elsewhere
         model.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB
     return model.train()

@@ -16,12 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import Parser, UserError, add_data_flags, load_from_flags, run_main  # noqa: E402
-
-
-def topic_levels(value) -> tuple[str, ...]:
-    """`Mathematics -> Algebra -> Linear Algebra` -> its levels, most general first."""
-    return tuple(part.strip() for part in str(value or "").split("->") if part.strip())
+from data import Parser, UserError, add_data_flags, load_from_flags, run_main, topic_levels  # noqa: E402
 
 
 def difficulties(problems, key: str) -> Counter:

@@ -10,11 +10,11 @@ the problem is opened. What models wrote enters the page as text, never as HTML.
 typesetter weighs more than the data) and editing.
 """
 
-import argparse
 import base64
 import html
 import io
 import json
+import re
 import sys
 import zlib
 from functools import lru_cache
@@ -22,8 +22,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import UserError, run_main  # noqa: E402
-from evaluate import CUT, Run, Graded, at_k, interval_of, lengths, load_run, mean, pieces, report  # noqa: E402
+from data import Parser, UserError, run_main  # noqa: E402
+from evaluate import CUT, Graded, Run, at_k, interval_of, lengths, load_run, mean, pieces, report  # noqa: E402
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]  # told apart by everyone (Okabe, Ito)
 
@@ -132,13 +132,11 @@ def tables(markdown: str) -> str:
     done, rows = [], []
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("| "):
-            rows.append([c.strip().replace("\\|", "|") for c in line.strip("| ").replace("|  |", "| |").split(" | ")] if not line.startswith("| :--") else None)
+            if not line.startswith("| :--"):
+                rows.append([c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]])
             continue
         if rows:
-            cells = [["" if c == "|" else c for c in r] for r in rows if r]
-            width = max(map(len, cells))
-            cells = [[""] * (width - len(r)) + r if i == 0 else r + [""] * (width - len(r)) for i, r in enumerate(cells)]
-            body = "".join("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>" for i, r in enumerate(cells) for tag in ("th" if i == 0 else "td",))
+            body = "".join("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>" for i, r in enumerate(rows) for tag in ("th" if i == 0 else "td",))
             done.append(f'<div class="scroll"><table>{body}</table></div>')
             rows = []
         if line.startswith("#"):
@@ -281,7 +279,7 @@ def page(runs: list[Run], names: list[str], markdown: str, svg: str, most: int) 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Plots and one self-contained web page from the folders that evaluate.py writes.")
+    parser = Parser(description="Plots and one self-contained web page from the folders that evaluate.py writes.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; the first is what the others are compared with")
     parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where report.png and report.html go (default: report)")
     parser.add_argument("--max-chars", type=int, default=40_000, metavar="N", help="longer traces lose their middle on the page (default: %(default)s)")

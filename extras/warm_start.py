@@ -94,7 +94,7 @@ def main() -> int:
     parser.add_argument("--micro-tokens", type=int, default=preset["micro_tokens"], metavar="N", help="tokens of one pass (default: %(default)s)")
     add_data_flags(parser)
     add_model_flags(parser)
-    parser.set_defaults(max_tokens=preset["max_tokens"], lora="none")
+    parser.set_defaults(model=preset["model"], max_tokens=preset["max_tokens"], lora="none")
     args = parser.parse_args()
     for name in ("epochs", "problems", "lora_rank", "micro_tokens", "lr"):
         if getattr(args, name) <= 0:
@@ -106,7 +106,7 @@ def main() -> int:
     prepare_environment(args.verbose)
     import torch
 
-    folder, start = resolve_model(args.model or preset["model"], args.lora)
+    folder, start = resolve_model(args.model, args.lora)
     tokenizer, room = load_tokenizer(folder), context_length(folder)
     made = [demonstration(tokenizer, prompt, problem, pieces, args.max_tokens) for problem, pieces in pairs]
     shown = [s for s in made if s and len(s.trace.prompt_ids) + len(s.trace.ids) <= room]

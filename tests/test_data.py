@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
@@ -402,6 +403,25 @@ def test_unknown_names(tmp_path):
 )
 def test_clean_answer(value, want):
     assert clean_answer(value) == want
+
+
+def test_the_last_turn_of_a_chat_is_the_question(tmp_path):
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6 * 7?"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": turns, "answer": "42"}) + "\n")
+    assert [p.question for p in load(tmp_path / "a.jsonl")] == ["What is 6 * 7?"]
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_mirror_of_the_hub_on_another_port(listening):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listening:
+            server.listen()
+        code = "import data, os; data.go_offline_without_hub(); print(os.environ.get('HF_HUB_OFFLINE'))"
+        environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "HF_HUB_OFFLINE"}
+        shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
+                               env=environment | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}/hub"})  # fmt: skip
+    assert shown.stdout.strip() == ("None" if listening else "1")
 
 
 def test_the_table_of_sources():

@@ -78,6 +78,29 @@ def test_tidying_twice_changes_nothing():
         assert quick(c["gold"], c["gold"]) is True
 
 
+SPELLINGS = [  # one for each rule of TIDY, in its order; 21 of the verdicts change when the rule is taken out
+    (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("14{,}916", "14916"), (r"\left( 1, \displaystyle 2 \right)", "(1,2)"),
+    ("$x+1$", "x + 1"), (r"\$18", r"18 \text{ dollars}"), (r"x\;=\;3\ \quad", "3"), (r"\mathrm{Evelyn}", r"\text{Evelyn}"), (r"\mathrm{e}+1", "1+e"),
+    (r"\text{}5, 3", "3, 5"), (r"\dfrac12", "0.5"), (r"x \leq 3", r"(-\infty, 3]"), ("x ≥ 3", r"[3, \infty)"), (r"x \neq 3", r"(-\infty,3) \cup (3,\infty)"),
+    (r"x \lt 3", r"(-\infty,3)"), (r"x \gt 3", r"(3,\infty)"), (r"(1, +\infty)", "(1, ∞)"), (r"90^\circ", r"\frac{\pi}{2}"), (r"28\%", "28"),
+    (r"\sqrt{2} \approx 1.41", "2^{1/2}"), (r"(1,2) \cup (3,4)", "(3,4) ∪ (1,2)"), (r"x \in [1,2)", r"1 \le x < 2"), ("−3", "-3.0"), ("2 × 3", "6"), ("2·x", "2x"),
+    ("6 ÷ 4", "1.5"), (r"\frac{π}{2}", r"0.5\pi"), ("x²", "x^2"), ("x³", "x^3"), ("√2", r"\sqrt{2}"), (r"\lbrace 1, 2 \}", r"\{2,1\}"), (r"\{ 1, 2 \rbrace", r"\{2,1\}"),
+    (r"1 \text{ and } 2", "2, 1"), ("x^2_1+1", "1+x_1^2"), ("x_{1} = 3, x_{2} = 4", "x_2=4, x_1=3"), ("x _1 = 3, x _2 = 4", "x_2=4, x_1=3"),
+    (r"\varnothing", r"\emptyset"), ("x  +   1 ", "1 + x")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("gold", "answer"), SPELLINGS)
+def test_spellings(grader, gold, answer):
+    assert grader(gold, answer) == (True, "ok") and grader(gold, answer + " + 1/7").equal is False
+
+
+@pytest.mark.parametrize(("gold", "answer", "equal"), [
+    ("2, 3, 3", "3, 2, 3", True), ("2, 3, 3", "2, 2, 3", False), ("2, 3, 3", "2, 3", False), ("1, 2", "1, 2, 2", False), (r"\{2, 3, 3\}", "2, 3", True),
+    (r"\{2, 3\}", "3, 3, 2", True), ("x = 1, x = 2", "2, 1", True), ("1/2, 0.5", "0.5, 0.5", True)])  # fmt: skip
+def test_lists_count_repetitions_and_sets_do_not(grader, gold, answer, equal):
+    assert grader(gold, answer).equal is equal
+
+
 SHAPES = ["{p}/{q}", r"\frac{{{p}}}{{{q}}}", r"\dfrac{{{p}}}{{{q}}}", r"$\frac{{{p}}}{{{q}}}$", r"x = \frac{{{p}}}{{{q}}}", r"\left(\frac{{{p}}}{{{q}}}\right)"]
 
 

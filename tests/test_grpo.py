@@ -79,6 +79,43 @@ def tiny_model(folder, *extra):
     return model
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_no_dropout_and_any_list_of_modules(tiny_folder, tmp_path, given):
+    """Also the base model's own dropout; an adapter given may name its modules by a regular expression."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    base = LlamaForCausalLM.from_pretrained(tiny_folder, attention_dropout=0.5)
+    base.save_pretrained(tmp_path / "base")
+    if given:
+        config = LoraConfig(r=4, target_modules=r".*\.(q|v)_proj", lora_dropout=0.5, init_lora_weights=False, task_type="CAUSAL_LM")
+        get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    model = grpo.load_trainer(flags("--lora-rank", "4"), str(tmp_path / "base"), tmp_path / "adapter" if given else None)
+    ids = torch.arange(40)[None]
+    assert model.training and torch.equal(model(ids).logits, model(ids).logits)
+    grpo.save_adapter(model, tmp_path / "saved")
+    modules = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["target_modules"]
+    assert modules == r".*\.(q|v)_proj" if given else sorted(modules) == modules and len(modules) == 14
+
+
+def test_merge_finds_the_base_of_a_model_that_was_an_adapter(tiny_folder, tmp_path):
+    """A run on `--model ADAPTER-ONLY` has that folder in its flags and the true base in its adapter; unfinished: the last checkpoint."""
+    import torch
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, models
+
+    shutil.copytree(tiny_folder, tmp_path / "base")
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())).save_pretrained(tmp_path / "base")
+    model = tiny_model(tmp_path / "base", "--model", str(tmp_path / "base"))
+    run = tmp_path / "run"
+    grpo.save_adapter(model, run / "checkpoints" / "step-000003" / "adapter")
+    (run / "config.json").write_text(json.dumps({"flags": {"model": str(run / "checkpoints" / "step-000003" / "adapter")}}))
+    grpo.merge(run, None)
+    merged, ids = AutoModelForCausalLM.from_pretrained(run / "merged"), torch.arange(30)[None]
+    assert (merged(ids).logits - model(ids).logits).abs().max() < 1e-4
+
+
 def gradient(model):
     import torch
 

@@ -61,6 +61,14 @@ def test_files(built):
     assert "majority@2" in page and "<svg" in page
 
 
+def test_runs_on_different_sets_keep_their_columns():
+    sys.path.insert(0, str(ROOT / "extras"))
+    from report import tables
+
+    made = tables("| | a: points | b: points |\n| :-- | --: | --: |\n| run |  | 50.0 \\| 2 |\n")
+    assert re.findall("<t[hd]>(.*?)</t[hd]>", made) == ["", "a: points", "b: points", "run", "", "50.0 | 2"]
+
+
 def test_data(built):
     page = (built / "report.html").read_text()
     index = json.loads(re.search(r'id="index">(.*?)</script>', page, re.S)[1])
