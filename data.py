@@ -523,6 +523,7 @@ def embedded_model() -> Path:
         shutil.rmtree(target, ignore_errors=True)
     print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
     from transformers.utils import logging
 
@@ -545,9 +546,9 @@ def embedded_model() -> Path:
         AutoTokenizer.from_pretrained(package, gguf_file=gguf.name).save_pretrained(work)
         os.chmod(work, 0o755)
         os.rename(work, target)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the second is a full disk's, where it fills up in the middle of the weights
         if not (target / "config.json").is_file():  # else: another process was faster, and its copy is as good
-            raise UserError(f"cannot save the embedded model under {cache} ({error.strerror or error}): it needs 600 MB; "
+            raise UserError(f"cannot save the embedded model under {cache} ({getattr(error, 'strerror', None) or first_line(error)}): it needs 600 MB; "
                             "set XDG_CACHE_HOME to a folder with space") from None  # fmt: skip
     finally:
         if work:

@@ -586,10 +586,14 @@ def merge(run: Path, model: str | None) -> None:
         model = model or "embedded"
     base, _ = resolve_model(model or config["base_model_name_or_path"], str(adapter))
     from peft import PeftModel
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype="auto"), adapter).merge_and_unload()
-    merged.save_pretrained(run / "merged")
+    try:
+        merged.save_pretrained(run / "merged")
+    except SafetensorError as error:
+        raise UserError(f"{run / 'merged'} could not be written ({first_line(error)}): make room and give the same command again") from None
     AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
     print(f"{run / 'merged'}: {base} with {adapter}")
 

@@ -190,6 +190,8 @@ def install(kind, requirements, text):
     def directive(name):
         return (re.search(r"^# %s: (.+)$" % name, text, re.M) or [None, ""])[1].split()
 
+    if os.path.islink(VENV) and not os.path.exists(VENV):
+        raise Stop("%s is a link to %s, which is not there: remove the link, or make the folder" % (VENV, os.readlink(VENV)))
     os.makedirs(VENV, exist_ok=True)
     version = "python%d.%d" % sys.version_info[:2]
     packages = "%s/lib/%s/site-packages" % (VENV, version)

