@@ -443,7 +443,7 @@ def take_rank() -> tuple[int, int]:
 def prepare_environment(verbose: bool) -> None:
     """What vLLM reads from the environment, set before its first import. Figures: 2 cores, 135M model, 64 traces."""
     quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
-             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore", "GLOG_minloglevel": "2"}  # fmt: skip
+             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "GLOG_minloglevel": "2"}  # fmt: skip
     cores = sorted(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     fast = {
@@ -574,6 +574,8 @@ def open_agent(args, problems: list[Problem] = ()):
         if longest >= context:
             raise UserError(f"the prompt has {longest} tokens and the model's context is {context}: shorten the problem, or use --few-shot none")
         max_len = min(context, longest + settings.max_tokens + settings.inserted_tokens)
+        if not Path(model).exists() and not args.verbose:
+            print(f"{model}: from the Hugging Face hub; the first time its weights are downloaded (--verbose shows how far)", file=sys.stderr, flush=True)
         try:
             with silence(not args.verbose):
                 engine, request = load_engine(model, lora, max_len, args.batch, args)

@@ -522,12 +522,11 @@ def embedded_model() -> Path:
         print(f"the copy of the embedded model in {target} is damaged: it is made again", file=sys.stderr, flush=True)
         shutil.rmtree(target, ignore_errors=True)
     print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
+    os.environ.setdefault("TQDM_DISABLE", "1")  # the converter's bar knows no other switch
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     work = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
