@@ -444,7 +444,7 @@ def items(text: str) -> list[str]:
 
 
 def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> bool:
-    """Bare lists and sets have no order, sets no repetitions; a list of differently named values has one for an answer without names."""
+    """Bare lists and sets have no order; how often something is repeated counts where a bare gold list repeats; a list of differently named values has one for an answer without names."""
     g_names, a_names = [unname(p)[0] for p in gs], [unname(p)[0] for p in as_]
     gv, av = [unname(p)[1] for p in gs], [unname(p)[1] for p in as_]
     if all(g_names) and len(set(g_names)) == len(gs) > 1:
@@ -458,7 +458,8 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
         return len(gv) == len(av) and all(same(p, q, depth + 1) for p, q in zip(gv, av))
     if all(a_names) and len(set(a_names)) == len(as_) > 1:  # the other way round
         return same_lists(a, g, as_, gs, depth)
-    if unordered(gv, av, depth, count=not (g.startswith("\\{") or a.startswith("\\{"))):
+    repeats = len(set(map(squeeze, gv))) < len(gv) and not (g.startswith("\\{") or a.startswith("\\{"))
+    if unordered(gv, av, depth, count=repeats):
         return True
     if len(set(filter(None, g_names + a_names))) > 1:
         return False

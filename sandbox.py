@@ -97,13 +97,13 @@ class Result:
 
 # ---------------------------------------------------------------- the snippet's text: pure functions
 
-def unfence(code):
+def unfence(code: str) -> str:
     """The code without a markdown fence around it."""
     match = re.fullmatch(r"\s*```[\w+-]*[ \t]*\n(.*?)\n?[ \t]*```\s*", code, re.DOTALL)
     return match.group(1) if match else code
 
 
-def check(tree, known):
+def check(tree: ast.AST, known) -> None:
     """Layer 1: raises PermissionError with a message that the model can act on. `known`: names of earlier snippets."""
     nodes = list(ast.walk(tree))
     known = {*known, *(node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)),
@@ -126,7 +126,7 @@ def check(tree, known):
             raise PermissionError(f"'{name}' is not available (line {node.lineno})")
 
 
-def explain(error, sources):
+def explain(error: BaseException, sources: dict[str, list[str]]) -> str:
     """One line for the model: `NameError: name 'y' is not defined (line 3: z = y + 1)`."""
     try:
         text = str(error)
@@ -163,7 +163,7 @@ def libc_call(name, *args):
     return result
 
 
-def seccomp_filter():
+def seccomp_filter() -> bytes | None:
     """The filter's BPF program as bytes, or None on an architecture without a table."""
     if platform.machine() not in ARCHES or sys.maxsize < 1 << 32:
         return None
@@ -188,7 +188,7 @@ def seccomp_filter():
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-def seccomp(code):
+def seccomp(code: bytes) -> str:
     import ctypes
     if not code:
         raise OSError(0, f"no system call table for {platform.machine()}")
@@ -198,7 +198,7 @@ def seccomp(code):
     return f"{len(code) // 8} instructions"
 
 
-def landlock():
+def landlock() -> str:
     """Denies every right that this kernel's Landlock knows, on every path."""
     import ctypes
     create, restrict = 444, 446
@@ -211,7 +211,7 @@ def landlock():
     return f"ABI {abi}"
 
 
-def set_rlimits(memory):
+def set_rlimits(memory: int) -> str:
     """Hard = soft, so that nothing can be raised again."""
     import resource
     with open("/proc/self/statm") as file:
@@ -225,7 +225,7 @@ def set_rlimits(memory):
     return f"{memory >> 20} MB"
 
 
-def drop_privileges():
+def drop_privileges() -> str:
     """Root becomes an unused uid (siblings differ: none may signal another); everybody loses all capabilities."""
     import ctypes
     with open("/proc/self/status") as file:
@@ -244,7 +244,7 @@ def drop_privileges():
     return f"uid {os.getuid()}, no capabilities" if os.getuid() else "uid 0 kept, no capabilities: only seccomp stops forks"
 
 
-def empty_bounding_set():
+def empty_bounding_set() -> None:
     """In the zygote, once, for all its forks: no program that might be run could give a capability back."""
     try:
         for capability in range(64):
@@ -253,14 +253,14 @@ def empty_bounding_set():
         pass
 
 
-def die_with(parent):
+def die_with(parent: int) -> None:
     """SIGKILL to this process when its parent dies, or at once if that has happened already."""
     libc_call("prctl", PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:
         os._exit(1)
 
 
-def lock_in(config, parent):
+def lock_in(config: dict, parent: int) -> dict[str, str]:
     """Puts up the kernel's walls in the one order that works; returns {layer: "on: ..." | "off: why"}."""
     report = {}
 
@@ -329,7 +329,7 @@ def show(value):
     return str(value) if library else repr(value)
 
 
-def run_snippet(code, number, namespace, sources, layers):
+def run_snippet(code: str, number: int, namespace: dict, sources: dict[str, list[str]], layers) -> str:
     """Runs one snippet, writes all it has to say to descriptor 1; returns its status."""
     filename, status = f"<snippet {number}>", "ok"
     code = unfence(code)
@@ -368,7 +368,7 @@ def run_snippet(code, number, namespace, sources, layers):
     return status
 
 
-def serve(config):
+def serve(config: dict) -> None:
     """The session's main loop: request `ID NUMBER\\nCODE` on descriptor 3, reply `ID STATUS`, until the socket closes."""
     namespace, sources = new_namespace(config["layers"]), {}
     while request := os.read(3, CODE_BYTES + 100):
@@ -378,7 +378,7 @@ def serve(config):
         os.write(3, name + b" " + status.encode())
 
 
-def session_main(config, control, output, parent):
+def session_main(config: dict, control: int, output: int, parent: int) -> None:
     """In the child: descriptors 0 (null), 1 and 2 (output), 3 (requests), nothing else; then the walls; then serve."""
     os.setpgid(0, 0)
     os.dup2(output, 1), os.dup2(output, 2), os.dup2(control, 3)
@@ -392,7 +392,7 @@ def session_main(config, control, output, parent):
 
 # ---------------------------------------------------------------- the zygote
 
-def preload():
+def preload() -> None:
     """Imports all that a snippet may import lazily (afterwards no file can be opened) and warms the common paths."""
     import importlib
     import pkgutil
@@ -421,7 +421,7 @@ def preload():
                 raise
 
 
-def warm():
+def warm() -> None:
     import gc
     import random
     import warnings
@@ -444,7 +444,7 @@ def warm():
     gc.freeze()                                                          # the collector leaves these pages shared
 
 
-def fork_session(config, control, output, children):
+def fork_session(config: dict, control: int, output: int, children: dict[int, int]) -> tuple[int, int]:
     """Returns (pid, pidfd) of a new session."""
     zygote, pid = os.getpid(), os.fork()
     if pid == 0:
@@ -457,7 +457,7 @@ def fork_session(config, control, output, children):
     return pid, pidfd
 
 
-def bury(pidfd, children):
+def bury(pidfd: int, children: dict[int, int]) -> None:
     """Kills what is left of a session's process group while the dead leader still holds its number, then reaps it."""
     pid = children.pop(pidfd)
     for kill in (os.killpg, os.kill):
@@ -469,7 +469,7 @@ def bury(pidfd, children):
     os.close(pidfd)
 
 
-def try_out(config):
+def try_out(config: dict) -> list:
     """A session that locks itself in, tests the walls and ends: ({layer: said}, attempts that got through)."""
     ours, theirs = socket.socketpair()
     children = {}
@@ -483,7 +483,7 @@ def try_out(config):
     return json.loads(said)
 
 
-def zygote_main(config):
+def zygote_main(config: dict) -> None:
     """Says `ready REPORT`; then forks a session for every `NUMBER` that comes with two descriptors; ends at EOF."""
     die_with(config["parent"])
     control, children = socket.socket(fileno=config["fd"]), {}
@@ -503,7 +503,8 @@ def zygote_main(config):
         config["required"] = [name for name, said in report.items() if said.startswith("on")]
         control.send(b"ready " + json.dumps([report, passed]).encode())
     except Exception as error:
-        return control.send(f"error {type(error).__name__}: {error}".encode()[:1000])
+        control.send(f"error {type(error).__name__}: {error}".encode()[:1000])
+        return
     selector = selectors.DefaultSelector()
     selector.register(control, selectors.EVENT_READ)
     while True:
@@ -514,7 +515,9 @@ def zygote_main(config):
                 continue
             number, fds, _, _ = socket.recv_fds(control, 100, 2)
             if not number:
-                return [bury(pidfd, children) for pidfd in list(children)]
+                for pidfd in list(children):
+                    bury(pidfd, children)
+                return
             try:
                 pid, pidfd = fork_session(config, *fds, children)
                 selector.register(pidfd, selectors.EVENT_READ)
@@ -541,7 +544,7 @@ class Session:
         self.box, self.busy, self.closed = box, False, False                   # the caller's
         self.history, self.number, self.note, self.process, self.job = [], 0, "", None, None  # the supervisor thread's
 
-    def submit(self, code, timeout=20, sink=None):
+    def submit(self, code: str, timeout: float = 20, sink: queue.SimpleQueue | None = None) -> None:
         """Queues a snippet; its result comes from `box.poll`. Raises SandboxError if the pool could not be started."""
         if self.busy or self.closed:
             raise ValueError("the session is closed" if self.closed else "the session's last snippet has not been polled")
@@ -553,7 +556,7 @@ class Session:
         self.box._post(self, types.SimpleNamespace(
             code=str(code), timeout=float(timeout), sink=sink or self.box.done, started=None, pause=0.02, size=0, head=b"", tail=b""))
 
-    def run(self, code, timeout=20):
+    def run(self, code: str, timeout: float = 20) -> Result:
         """Runs a snippet and waits for its Result."""
         sink = queue.SimpleQueue()
         self.submit(code, timeout, sink)
@@ -570,7 +573,7 @@ class Session:
 class Sandbox:
     """A pool of sessions. Returns at once: the zygote loads meanwhile. `layers` is a hook for the tests."""
 
-    def __init__(self, workers=None, mode="auto", layers=LAYERS):
+    def __init__(self, workers: int | None = None, mode: str = "auto", layers=LAYERS):
         if mode not in ("auto", "limits-only"):
             raise ValueError("mode is 'auto' or 'limits-only'")
         self.workers, self.mode, self.live = workers or os.cpu_count() or 1, mode, session_room()
@@ -594,16 +597,16 @@ class Sandbox:
     def __exit__(self, *_):
         self.close()
 
-    def session(self):
+    def session(self) -> Session:
         return Session(self)
 
-    def wait_ready(self, timeout=None):
+    def wait_ready(self, timeout: float | None = None) -> dict[str, str]:
         """Waits for the zygote and its self-test; raises SandboxError. Returns {layer: "on: ..." | "off: why"}."""
         if not self.ready.wait(timeout) or self.broken:
             raise SandboxError(self.broken or f"the sandbox was not ready after {timeout} s")
         return self.report
 
-    def poll(self, timeout=0.0):
+    def poll(self, timeout: float = 0.0) -> list[tuple[Session, Result]]:
         """[(session, result)] of finished snippets; waits at most `timeout` seconds for the first."""
         found = []
         try:
@@ -893,7 +896,7 @@ class Sandbox:
         self.selector.close(), self.wake.close(), self.waker.close()
 
 
-def session_room():
+def session_room() -> int:
     """How many processes may be kept alive: two or three descriptors and some 10 MB each."""
     import resource
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -901,7 +904,7 @@ def session_room():
     return max(4, min(2000, (files - 256) // 3 if files > 1023 else 200, memory // 2 // (10 << 20)))
 
 
-def resident(pid):
+def resident(pid: int) -> int:
     """Resident bytes of a process, 0 if it is gone."""
     try:
         with open(f"/proc/{pid}/statm") as file:
@@ -912,7 +915,7 @@ def resident(pid):
 
 # ---------------------------------------------------------------- the command
 
-def main():
+def main() -> int:
     parser = argparse.ArgumentParser(description="Run a snippet of untrusted Python.")
     parser.error = lambda message: parser.exit(2, f"sandbox.py: {message} (--help lists the flags)\n")
     parser.add_argument("code", nargs="?", help="the snippet, or - for standard input")
