@@ -228,7 +228,6 @@ def logprobs_of(model, batch, temperature: float, prefix: list = (), chunk: int 
     padded on the right, run on top of N views of it.
     """
     import torch
-    from torch.utils.checkpoint import checkpoint
     from transformers import DynamicCache
 
     base, decoder = decoder_of(model)
@@ -251,10 +250,17 @@ def logprobs_of(model, batch, temperature: float, prefix: list = (), chunk: int 
     row, column, token = torch.tensor(at, device=device).view(-1, 3).unbind(1)
     picked = hidden[row, column]  # (n, D): sampled positions only
 
-    def score(states, tokens):  # (chunk, D) -> (chunk,); the (chunk, V) logits are made again in the backward pass
-        return -torch.nn.functional.cross_entropy(head(states).float().div_(temperature), tokens, reduction="none")
+    def score(states, tokens):  # (chunk, D), (chunk,) -> (chunk,)
+        with torch.no_grad():
+            logp = head(states).float().div_(temperature).log_softmax(-1)  # (chunk, V): too large to be kept for a backward pass
+            values = logp.gather(1, tokens[:, None]).squeeze(1)
+            if not states.requires_grad:
+                return values
+            # d log p(token) / d state = (the token's row of the head - the mean of all rows under p) / T, known already here
+            slope = (head.weight[tokens] - logp.exp_().to(head.weight.dtype) @ head.weight) / temperature  # (chunk, D)
+        return values + ((states - states.detach()) * slope).sum(-1).float()  # the sum is 0, its gradient is the slope
 
-    parts = [checkpoint(score, s, t, use_reentrant=False) for s, t in zip(picked.split(chunk), token.split(chunk), strict=True)]
+    parts = [score(s, t) for s, t in zip(picked.split(chunk), token.split(chunk), strict=True)]
     return list(torch.cat(parts).split([sum(mask) for _, _, mask in batch]))
 
 
@@ -447,6 +453,8 @@ def load_trainer(args, folder: str, adapter: Path | None):
             module.p = 0.0
         if hasattr(module, "attention_dropout"):
             module.attention_dropout = 0.0
+    if any(p.requires_grad for p in decoder_of(model)[0].get_output_embeddings().parameters()):
+        raise UserError("the adapter trains the output layer, which logprobs_of takes as fixed: give one without lm_head")
     if args.model == "embedded":  # its cache folder's path means nothing elsewhere
         model.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB
     return model.train()
