@@ -444,7 +444,7 @@ def items(text: str) -> list[str]:
 
 
 def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> bool:
-    """Bare lists and sets have no order; how often something is repeated counts where a bare gold list repeats; a list of differently named values has one for an answer without names."""
+    """Lists and sets have no order; two lists of one length must repeat the same things as often. A list of differently named values has one for an answer without names."""
     g_names, a_names = [unname(p)[0] for p in gs], [unname(p)[0] for p in as_]
     gv, av = [unname(p)[1] for p in gs], [unname(p)[1] for p in as_]
     if all(g_names) and len(set(g_names)) == len(gs) > 1:
@@ -458,8 +458,8 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
         return len(gv) == len(av) and all(same(p, q, depth + 1) for p, q in zip(gv, av))
     if all(a_names) and len(set(a_names)) == len(as_) > 1:  # the other way round
         return same_lists(a, g, as_, gs, depth)
-    repeats = len(set(map(squeeze, gv))) < len(gv) and not (g.startswith("\\{") or a.startswith("\\{"))
-    if unordered(gv, av, depth, count=repeats):
+    braces = any(unname(text)[1].startswith("\\{") for text in (g, a))
+    if unordered(gv, av, depth, count=len(gv) == len(av) and not braces):
         return True
     if len(set(filter(None, g_names + a_names))) > 1:
         return False
@@ -923,14 +923,15 @@ def read_traces(out: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
     out, so is a damaged one (said where `tell`)."""
     rows: dict[tuple[str, int], dict] = {}
     for path in sorted(out.glob("traces*.jsonl")):
-        before, damaged = len(rows), 0
+        good = damaged = 0
         for line in path.open("rb"):
             try:
                 row = json.loads(line) if line.endswith(b"\n") else None
                 rows.setdefault((row["id"], row["sample"]), row)
+                good += 1
             except (ValueError, TypeError, KeyError):
                 damaged += line.endswith(b"\n")
-        if damaged and len(rows) == before:
+        if damaged and not good:
             raise UserError(f"{path}: no line is a trace; this file was not written by evaluate.py")
         if damaged and tell:
             print(f"{path}: {damaged} damaged lines are left out, their traces are sampled again", file=sys.stderr)
@@ -961,7 +962,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 def open_traces(out: Path, rank: int, stack: contextlib.ExitStack):
-    """This rank's file of traces, open for appending and locked until the stack closes; a line cut in two is taken off."""
+    """This rank's file of traces, open for appending and locked until the stack closes."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / (f"traces-{rank}.jsonl" if rank else "traces.jsonl")
     file = stack.enter_context(path.open("a", encoding="utf-8"))
@@ -969,9 +970,6 @@ def open_traces(out: Path, rank: int, stack: contextlib.ExitStack):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise UserError(f"another run is writing into {out}: wait for it, or give another --out") from None
-    whole = path.read_bytes().rfind(b"\n") + 1
-    if whole < path.stat().st_size:
-        os.truncate(path, whole)
     return file
 
 
@@ -979,12 +977,14 @@ def open_run(out: Path, config: dict, problems: list[dict], rank: int = 0) -> di
     """Create or continue a run's folder; returns the traces it already holds. A run may grow, by --n and --limit, and never
     shrinks. Raises UserError for other settings and for other problems under the same name."""
     file = out / "config.json"
+    while rank and not file.exists():  # the first rank writes it, and torchrun ends us if that one fails
+        time.sleep(0.1)
     if file.exists():
         try:
             old = json.loads(file.read_text())
             changed = differences(old["settings"], json.loads(json.dumps(config["settings"])))
-            there = {row["id"]: row for row in map(json.loads, (out / "problems.jsonl").read_bytes().splitlines())}
-            config = {**config, "n": max(old["n"], config["n"])}
+            there = {(row["dataset"], row["id"]): row for row in map(json.loads, (out / "problems.jsonl").read_bytes().splitlines())}
+            config = {**config, "n": max(old["n"], config["n"]), "started": old["started"]}
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"{file} is not a run's configuration: give another folder with --out") from None
         if changed:
@@ -993,7 +993,10 @@ def open_run(out: Path, config: dict, problems: list[dict], rank: int = 0) -> di
             ours, theirs = ({row["id"] for row in rows if row["dataset"] == name} for rows in (problems, there.values()))
             if not (ours <= theirs or theirs <= ours):
                 raise UserError(f"{out} holds a run on other problems of the name {name}: give another --out")
-        problems = list((there | {row["id"]: row for row in problems}).values())
+        for row in problems:
+            key = row["dataset"], row["id"]
+            there[key] = row if row["answer"] is not None else there.get(key, row)  # --no-grade forgets no gold answer
+        problems = list(there.values())
     elif any(path.stat().st_size for path in out.glob("traces*.jsonl")):
         raise UserError(f"{out} has traces but no config.json: give another folder with --out")
     if rank == 0:
@@ -1201,6 +1204,7 @@ class Meter:
         self.console = Console(stderr=True)
         self.start, self.line_at, self.tokens, self.total, self.done = time.monotonic(), time.monotonic(), 0, total, done
         self.first = done
+        self.waiting: set[Future] = set()
         self.right: list[bool] = []
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} traces"),
                             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)  # fmt: skip
@@ -1209,7 +1213,10 @@ class Meter:
     def add(self, sampled: int, verdict: Future | None) -> None:
         self.done, self.tokens = self.done + 1, self.tokens + sampled
         if verdict:  # only one rank grades
-            verdict.add_done_callback(lambda f: f.cancelled() or self.right.append(f.result().equal))
+            self.waiting.add(verdict)
+            decided = {f for f in self.waiting if f.done()}
+            self.waiting -= decided
+            self.right += [f.result().equal for f in decided]
         seconds = time.monotonic() - self.start
         text = f"avg@1 {100 * mean(self.right):.1f} %  " if self.right else ""
         text += f"{self.tokens / max(0.1, seconds):.0f} tok/s"
@@ -1246,7 +1253,7 @@ def run(args) -> int:
     lora = chosen_lora(args.model, args.lora)
     chosen = {key: getattr(args, key) for key in ("config", "split", "question_key", "answer_key", "where", "shuffle")}
     settings = {"model": args.model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
-    config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings, "limit": args.limit,
+    config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings,
               "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.uname().nodename}, {os.cpu_count()} cores"}  # fmt: skip
     with contextlib.ExitStack() as stack:
         file = open_traces(out, rank, stack)
@@ -1274,6 +1281,10 @@ def run(args) -> int:
 
 def sample(args, out: Path, file, grades: Path | None, problems: dict[str, Problem], jobs: list[tuple[Problem, int]], done: dict, stack) -> None:
     """Sample the missing traces, one line each in `file` the moment it ends; where `grades` is given, grading goes on beside it."""
+    path = Path(file.name)
+    whole = path.read_bytes().rfind(b"\n") + 1
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)  # a line that a kill cut in two
     print(f"{out}: {len(jobs)} traces to sample" + (f", {len(done)} are there" if done else ""), file=sys.stderr, flush=True)
     there = sum(pid in problems for pid, _ in done)
     agent = stack.enter_context(open_agent(args, list(problems.values())))

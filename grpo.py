@@ -256,8 +256,11 @@ def logprobs_of(model, batch, temperature: float, prefix: list = (), chunk: int 
             values = logp.gather(1, tokens[:, None]).squeeze(1)
             if not states.requires_grad:
                 return values
-            # d log p(token) / d state = (the token's row of the head - the mean of all rows under p) / T, known already here
-            slope = (head.weight[tokens] - logp.exp_().to(head.weight.dtype) @ head.weight) / temperature  # (chunk, D)
+            # d log p(token) / d state = (the token's row of the head - the mean of all rows under p) / T, known already here.
+            # 1 - p(token) is taken in float32: of a sure token nothing else would be left in bfloat16.
+            p = logp.exp_()
+            p[torch.arange(len(tokens), device=device), tokens] -= 1
+            slope = p.to(head.weight.dtype) @ head.weight / -temperature  # (chunk, D)
         return values + ((states - states.detach()) * slope).sum(-1).float()  # the sum is 0, its gradient is the slope
 
     parts = [score(s, t) for s, t in zip(picked.split(chunk), token.split(chunk), strict=True)]
@@ -451,12 +454,12 @@ def load_trainer(args, folder: str, adapter: Path | None):
     for module in model.modules():  # the base model's dropout too: the policy that is trained is the one that sampled
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     if any(p.requires_grad for p in decoder_of(model)[0].get_output_embeddings().parameters()):
         raise UserError("the adapter trains the output layer, which logprobs_of takes as fixed: give one without lm_head")
-    if args.model == "embedded":  # its cache folder's path means nothing elsewhere
-        model.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB
+    # What --merge will need; the embedded model's cache folder means nothing elsewhere.
+    model.peft_config["default"].base_model_name_or_path = EMBEDDED_HUB if args.model == "embedded" else folder
     return model.train()
 
 
@@ -510,7 +513,7 @@ def save_checkpoint(out: Path, model, optimizer, step: int, cursor: int) -> None
     folder = out / "checkpoints" / f"step-{step:06d}"
     work = folder.with_name(".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict()}  # all randomness comes from --seed and the step
+    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict()}  # --seed and the step give all the rest
     try:
         save_adapter(model, work / "adapter")
         torch.save(state, work / "state.pt")
@@ -794,6 +797,7 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     import torch
 
     last, state = last_checkpoint(out, say)
+    say(f"loading {folder}", flush=True)  # from the hub the first time: minutes
     model = load_trainer(args, folder, last / "adapter" if last else adapter)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=args.lr, weight_decay=args.weight_decay)
     step = cursor = 0
@@ -802,6 +806,8 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
         optimizer.load_state_dict(state["optimizer"])
     for name in ("metrics.jsonl", "samples.jsonl") if first else ():
         cut_log(out / name, step)
+    if first and step < args.steps:
+        shutil.rmtree(out / "adapter", ignore_errors=True)  # of a run that was at its end and goes on
     live = out / "live" / f"rank-{team.rank}"
     save_adapter(model, live / "start")  # the engine learns the adapter's rank and modules from it
     engine_args = argparse.Namespace(**vars(args) | {"model": args.model if args.model == "embedded" else folder,

@@ -184,7 +184,7 @@ def through_trl(model, parameters, traces, args, micro: int, checkpointing: bool
 def operations(model, traces, args) -> float:
     """Floating-point operations of our update, from the model's shapes: 2 per weight and token forward, 2 more backward (the
     base is frozen: no gradient of its weights; the adapter's are left out, below 5 %), attention by the pairs it looks at; the
-    output layer for sampled positions only, made twice forward (its logits are not kept)."""
+    output layer for sampled positions only, where the gradient is made beside the logits: one product each."""
     used = [s for s in traces if s.weight and s.advantage]
     c = model.get_base_model().config
     head = c.hidden_size // c.num_attention_heads
@@ -197,7 +197,7 @@ def operations(model, traces, args) -> float:
 
     for s in used:
         n = len(s.trace.prompt_ids) + len(s.trace.ids) - 1 - P
-        total += 2 * forward(n, P) + 3 * 2 * c.hidden_size * c.vocab_size * s.trace.sampled
+        total += 2 * forward(n, P) + 2 * 2 * c.hidden_size * c.vocab_size * s.trace.sampled
     return total + 3 * forward(P, 0)
 
 

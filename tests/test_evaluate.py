@@ -95,9 +95,9 @@ def test_spellings(grader, gold, answer):
 
 
 @pytest.mark.parametrize(("gold", "answer", "equal"), [
-    ("2, 3, 3", "3, 2, 3", True), ("2, 3, 3", "2, 2, 3", False), ("2, 3, 3", "2, 3", False), ("1, 2", "1, 2, 2", True), (r"\{2, 3, 3\}", "2, 3", True),
-    (r"\{2, 3\}", "3, 3, 2", True), ("x = 1, x = 2", "2, 1", True), ("1/2, 0.5", "0.5, 0.5", True)])  # fmt: skip
-def test_a_gold_list_that_repeats_is_counted(grader, gold, answer, equal):
+    ("2, 3, 3", "3, 2, 3", True), ("2, 3, 3", "2, 2, 3", False), ("2, 3, 3", "2, 3", True), ("1, 2", "1, 2, 2", True), (r"\{2, 3, 3\}", "2, 3", True),
+    (r"\{2, 3\}", "3, 3, 2", True), ("x = 1, x = 2", "2, 1", True), ("1/2, 0.5", "0.5, 0.5", True), (r"S = \{2, 3, 3\}", r"S=\{2, 2, 3\}", True)])  # fmt: skip
+def test_lists_of_one_length_are_counted_and_sets_are_not(grader, gold, answer, equal):
     assert grader(gold, answer).equal is equal
 
 
@@ -462,6 +462,21 @@ def test_a_run_never_shrinks(tmp_path, finished):
         refused = run_scripted(tmp_path, "--out", out, "--limit", 100)
     assert refused.returncode == 2 and "another run is writing" in refused.stderr
     assert (out / "config.json").read_bytes() == config and files == {name: (out / name).read_bytes() for name in files}
+
+
+def test_sets_that_share_a_question_both_stay(tmp_path):
+    rows = [{"dataset": name, "id": pid, "question": pid, "answer": "1", "meta": {}} for name, pid in (("a", "p"), ("b", "p"), ("b", "q"))]
+    config = {"name": "x", "n": 1, "started": "", "settings": {}}
+    for answers in (rows, [{**row, "answer": None} for row in rows]):  # the second time with --no-grade
+        evaluate.open_run(tmp_path, config, answers)
+        assert [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()] == rows
+
+
+def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
+    for text in ('{"mine": 1}', '{"mine": 1}\n{"mine": 2}'):
+        (tmp_path / "traces.jsonl").write_text(text)
+        done = run_scripted(tmp_path, "--out", tmp_path)
+        assert done.returncode == 2 and "no config.json" in done.stderr and (tmp_path / "traces.jsonl").read_text() == text
 
 
 def test_other_problems_under_the_same_name_are_refused(tmp_path):

@@ -367,6 +367,26 @@ def test_inserted_tokens_get_no_gradient(model):
     assert (embedded[0] - gradient(model)).abs().max() < 1e-4 * embedded[0].abs().max()
 
 
+def test_sure_tokens_keep_their_gradient_in_bfloat16(tiny_folder):
+    """p(token) is 0.97 to 0.9999 here: 1 - p, which is all that the gradient is made of, must not be rounded before it is taken."""
+    import torch
+
+    model = tiny_model(tiny_folder).to(torch.bfloat16)
+    prompt, temperature = list(range(5, 15)), 0.05
+    ids = []
+    for _ in range(24):  # greedy: sure tokens
+        ids.append(int(model(torch.tensor([prompt + ids])).logits[0, -1].argmax()))
+    logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].float() / temperature
+    own = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).squeeze(1)
+    mask = [int(0.97 < p < 0.9999) for p in own.exp().tolist()]
+    assert sum(mask) >= 4
+    (own * torch.tensor(mask)).sum().backward()
+    plain = gradient(model).float().clone()
+    model.zero_grad()
+    grpo.logprobs_of(model, [(prompt, ids, mask)], temperature)[0].sum().backward()
+    assert (gradient(model).float() - plain).norm() < 0.05 * plain.norm()
+
+
 @pytest.mark.parametrize("kind", ["grpo", "dapo", "dr_grpo"])
 def test_leaving_flat_groups_out_changes_nothing_but_the_time(model, kind):
     args = flags("--loss", kind)
