@@ -1204,7 +1204,7 @@ class Meter:
         self.console = Console(stderr=True)
         self.start, self.line_at, self.tokens, self.total, self.done = time.monotonic(), time.monotonic(), 0, total, done
         self.first = done
-        self.waiting: set[Future] = set()
+        self.waiting: list[Future] = []
         self.right: list[bool] = []
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} traces"),
                             TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)  # fmt: skip
@@ -1213,10 +1213,12 @@ class Meter:
     def add(self, sampled: int, verdict: Future | None) -> None:
         self.done, self.tokens = self.done + 1, self.tokens + sampled
         if verdict:  # only one rank grades
-            self.waiting.add(verdict)
-            decided = {f for f in self.waiting if f.done()}
-            self.waiting -= decided
-            self.right += [f.result().equal for f in decided]
+            asked, self.waiting = [*self.waiting, verdict], []
+            for future in asked:  # equal answers share one
+                if future.done():
+                    self.right.append(future.result().equal)
+                else:
+                    self.waiting.append(future)
         seconds = time.monotonic() - self.start
         text = f"avg@1 {100 * mean(self.right):.1f} %  " if self.right else ""
         text += f"{self.tokens / max(0.1, seconds):.0f} tok/s"

@@ -670,7 +670,7 @@ def test_the_first_prompts_are_computed_before_others_need_their_beginning(tok):
     assert arrivals[:4] == [1, 8, 64, 80]
 
 
-@pytest.mark.parametrize("k, p", [(20, 0.95), (20, 0.3), (1, 0.9), (20, 1.0), (5, 1e-6), ("mixed", 0.8)])
+@pytest.mark.parametrize("k, p", [(20, 0.95), (20, 0.3), (1, 0.9), (20, 1.0), (5, 1e-6), (5, 1e-9), ("mixed", 0.8)])  # 1 - 1e-9 is 1 in float32
 def test_top_k_top_p_without_sorting_is_vllms_own(k, p):
     import torch
     from vllm.v1.sample.ops import topk_topp_sampler as sampler

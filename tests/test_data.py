@@ -424,6 +424,17 @@ def test_a_mirror_of_the_hub_on_another_port(listening):
     assert shown.stdout.strip() == ("None" if listening else "1")
 
 
+def test_forked_workers_that_are_ended_say_nothing():
+    code = """if True:
+        import multiprocessing, data
+        def main():
+            with multiprocessing.get_context("fork").Pool(2) as pool:  # leaving it, the workers get SIGTERM
+                print(sum(pool.map(abs, [1, -2])))
+        data.run_main(main)"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (shown.returncode, shown.stdout, shown.stderr) == (0, "3\n", "")
+
+
 def test_the_table_of_sources():
     for name, sources in data.SOURCES.items():
         assert name == name.lower() and all("/" in s.hub and s.rows > 0 and s.licence for s in sources)

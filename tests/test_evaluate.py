@@ -19,6 +19,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import Future
 from fractions import Fraction
 from pathlib import Path
 
@@ -454,6 +455,7 @@ def test_a_run_never_shrinks(tmp_path, finished):
     shutil.copytree(finished[0], out)
     done = run_scripted(tmp_path, "--out", out, "--limit", 2, "--n", 1)
     assert done.returncode == 0 and done.stdout == finished[1] and "to sample" not in done.stderr
+    assert json.loads((out / "config.json").read_text())["n"] == 6
     files = {name: (out / name).read_bytes() for name in ("problems.jsonl", "traces.jsonl")}
     assert files == {name: (finished[0] / name).read_bytes() for name in files}
     with (out / "traces.jsonl").open("a") as file:  # somebody writes there
@@ -490,6 +492,17 @@ def test_other_problems_under_the_same_name_are_refused(tmp_path):
     assert run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "c/rows.jsonl").returncode == 0  # the file has grown
     both = run_scripted(tmp_path, "--dataset", f"{tmp_path}/a/rows.jsonl,{tmp_path}/b/rows.jsonl")
     assert both.returncode == 2 and "same name" in both.stderr
+
+
+def test_progress_counts_verdicts_when_they_are_there():
+    meter, first, second = evaluate.Meter(5, 0), Future(), Future()
+    for future in (first, second, second, None):  # equal answers share a future and count each
+        meter.add(10, future)
+    assert meter.right == [] and meter.done == 4
+    second.set_result(evaluate.Verdict(True, "ok"))
+    first.set_result(evaluate.Verdict(False, "ok"))
+    meter.add(10, second)
+    assert sorted(meter.right) == [False, True, True, True] and not meter.waiting
 
 
 def test_interrupted_it_says_how_to_go_on(tmp_path):
