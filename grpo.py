@@ -513,7 +513,8 @@ def save_checkpoint(out: Path, model, optimizer, step: int, cursor: int) -> None
     folder = out / "checkpoints" / f"step-{step:06d}"
     work = folder.with_name(".tmp")
     shutil.rmtree(work, ignore_errors=True)
-    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict()}  # --seed and the step give all the rest
+    devices = torch.cuda.get_rng_state_all() if has_cuda() else []  # drawn from with --seed -1 only
+    state = {"step": step, "cursor": cursor, "optimizer": optimizer.state_dict(), "random": torch.get_rng_state(), "random_cuda": devices}
     try:
         save_adapter(model, work / "adapter")
         torch.save(state, work / "state.pt")
@@ -804,6 +805,9 @@ def train(args, flags: dict, problems: list[Problem], weights: dict[str, float],
     if last:
         step, cursor = state["step"], state["cursor"]
         optimizer.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["random"])
+        if cuda:
+            torch.cuda.set_rng_state_all(state["random_cuda"])
     for name in ("metrics.jsonl", "samples.jsonl") if first else ():
         cut_log(out / name, step)
     if first and step < args.steps:
