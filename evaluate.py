@@ -444,7 +444,8 @@ def items(text: str) -> list[str]:
 
 
 def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> bool:
-    """Lists and sets have no order; two lists of one length must repeat the same things as often. A list of differently named values has one for an answer without names."""
+    """Lists and sets have no order; two lists of one length must repeat the same things as often. A list of differently
+    named values has one for an answer without names."""
     g_names, a_names = [unname(p)[0] for p in gs], [unname(p)[0] for p in as_]
     gv, av = [unname(p)[1] for p in gs], [unname(p)[1] for p in as_]
     if all(g_names) and len(set(g_names)) == len(gs) > 1:

@@ -29,7 +29,7 @@ import agent
 import data
 from agent import OUTPUT_TOKENS, Agent, Settings, boxes, extract_answer, quick_top_k_top_p, snippet_in, trace_seed
 from data import SPLIT, Problem, Prompt, UserError, disarm, encode, problem_id
-from sandbox import Result, Sandbox
+from sandbox import Result, Sandbox, SandboxError
 
 ROOT = Path(__file__).resolve().parent.parent
 AGENT_PROMPT, PLAIN_PROMPT = Prompt("none", (), True), Prompt("none", (), False)
@@ -938,6 +938,20 @@ def test_the_embedded_model_has_an_adapter_of_its_own(tmp_path, monkeypatch):
     assert agent.chosen_lora("Qwen/Qwen3-4B", None) is None
     monkeypatch.setattr(agent, "ADAPTER", tmp_path / "nothing")
     assert agent.chosen_lora("embedded", None) is None
+
+
+def test_a_sandbox_that_breaks_later_is_one_line_in_every_script(monkeypatch):
+    import argparse
+
+    parser = argparse.ArgumentParser()
+    agent.add_model_flags(parser)
+    args = parser.parse_args(["--model", "embedded", "--no-agent"])
+    plain = types.SimpleNamespace(chat_template="x")
+    for name, fake in {"resolve_model": lambda *_: (str(ROOT), None), "load_tokenizer": lambda _: plain, "context_length": lambda _: 4096,
+                       "render_prompt": lambda *_: [1], "load_engine": lambda *_: (None, None), "Agent": lambda *_: None}.items():
+        monkeypatch.setattr(agent, name, fake)
+    with pytest.raises(UserError, match="the zygote ended"), agent.open_agent(args):
+        raise SandboxError("the zygote ended")
 
 
 def test_a_rank_keeps_to_its_share_of_the_cores():

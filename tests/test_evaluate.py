@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from concurrent.futures import Future
 from fractions import Fraction
@@ -472,6 +473,18 @@ def test_sets_that_share_a_question_both_stay(tmp_path):
     for answers in (rows, [{**row, "answer": None} for row in rows]):  # the second time with --no-grade
         evaluate.open_run(tmp_path, config, answers)
         assert [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()] == rows
+
+
+def test_other_ranks_wait_for_the_first_ones_folder(tmp_path):
+    rows = [{"dataset": "a", "id": "p", "question": "p", "answer": "1", "meta": {}}]
+    config, done = {"name": "x", "n": 1, "started": "", "settings": {}}, []
+    late = threading.Thread(target=lambda: done.append(evaluate.open_run(tmp_path, config, rows, rank=1)), daemon=True)
+    late.start()
+    late.join(0.4)
+    assert late.is_alive() and not (tmp_path / "config.json").exists()
+    evaluate.open_run(tmp_path, config, rows)
+    late.join(20)
+    assert done == [{}]
 
 
 def test_a_folder_of_somebody_else_is_left_alone(tmp_path):

@@ -406,6 +406,8 @@ def test_truncated_traces_are_masked_on_request():
     kept = grpo.weigh(groups, flags("--mask-truncated"))
     assert groups[0][3] not in kept and len(kept) == 3
     assert close(sum(s.weight * s.trace.sampled for s in kept), 1.0) and groups[0][3].advantage > 0  # its reward still counts
+    groups[0][3].trace.finish = "max_calls"
+    assert groups[0][3] not in grpo.weigh(groups, flags("--mask-truncated"))
 
 
 def test_kl_term_against_the_model_without_its_adapter(model):
@@ -572,6 +574,33 @@ def test_ctrl_c_finishes_the_step_and_resume_gives_the_unbroken_run(unbroken, ti
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert run(out, "--resume") == 0  # its flags are those of config.json
     same(metrics(out), metrics(unbroken))
+
+
+def test_a_finished_run_that_goes_on_drops_its_old_adapter_and_no_seed_is_none(unbroken, tiny_folder, tmp_path):
+    """--merge and --lora would otherwise take step 7's for that of the checkpoint; seed -1 draws anew each time."""
+    out, seeds = tmp_path / "run", []
+    shutil.copytree(unbroken, out)
+
+    def interrupt(agent, trace):
+        seeds.append(agent.settings.seed)
+        if trace.sample == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert run(out, "--resume", "--steps", "20", tricks=[interrupt]) == 130
+    assert not (out / "adapter").exists() and (out / "checkpoints" / "step-000008").is_dir() and None not in seeds
+    seeds.clear()
+    assert run(tmp_path / "new", *start(tiny_folder, "--seed", "-1", "--steps", "1"), tricks=[lambda agent, _: seeds.append(agent.settings.seed)]) == 0
+    assert set(seeds) == {None}
+
+
+def test_an_adapter_of_the_output_layer_is_refused(tiny_folder, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(LlamaForCausalLM.from_pretrained(tiny_folder), config).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="without lm_head"):
+        grpo.load_trainer(flags(), str(tiny_folder), tmp_path / "adapter")
 
 
 def test_a_second_ctrl_c_aborts(tiny_folder, tmp_path):
