@@ -44,11 +44,11 @@ reproduce-full: reproduce
 	@$(call five,$(RUN)/full-word-problems,--model embedded --dataset $(GSM8K)$(comma)$(SVAMP) --limit 100)
 
 test: setup
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PY) -m pytest -q -rs -m "not slow"
 
 test-all: setup
-	$(PY) -m ruff check .
+	$(PY) -m ruff check . && $(PY) -m ruff format --check .
 	$(PY) -m pytest -q -rs
 
 bench: setup

@@ -38,8 +38,29 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Parser, Problem, Prompt, UserError, disarm, embedded_model, encode
-from data import first_line, go_offline_without_hub, problem_id, read_few_shot, render_prompt, run_main, whole_safetensors, with_template
+from data import (
+    BASE_STOPS,
+    CALL_CLOSE,
+    CALL_OPEN,
+    SPLIT,
+    Parser,
+    Problem,
+    Prompt,
+    UserError,
+    disarm,
+    embedded_model,
+    encode,
+)
+from data import (
+    first_line,
+    go_offline_without_hub,
+    problem_id,
+    read_few_shot,
+    render_prompt,
+    run_main,
+    whole_safetensors,
+    with_template,
+)
 from sandbox import Result, Sandbox, SandboxError, Session
 
 OUTPUT_TOKENS = 512  # one inserted output is cut (its middle goes) to this many tokens
@@ -53,14 +74,22 @@ class Trace:
     sample: int
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)  # exactly as sampled or inserted
-    mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = inserted tool output
-    logprobs: list[float] = field(default_factory=list)  # under the sampling distribution; 0.0 where mask is 0
+    mask: list[int] = field(
+        default_factory=list
+    )  # 1 = sampled by the model, 0 = inserted tool output
+    logprobs: list[float] = field(
+        default_factory=list
+    )  # under the sampling distribution; 0.0 where mask is 0
     calls: list[tuple[str, Result]] = field(default_factory=list)
     finish: str = ""  # answer | eos | max_tokens | context | max_calls | error
     text: str = ""  # all that follows the prompt, decoded once at the end
-    spans: list[tuple[str, int]] = field(default_factory=list)  # (model | code | output, characters): they tile `text`
+    spans: list[tuple[str, int]] = field(
+        default_factory=list
+    )  # (model | code | output, characters): they tile `text`
     answer: str | None = None
-    box_tokens: int | None = None  # sampled tokens up to the end of the first complete box in the model's prose
+    box_tokens: int | None = (
+        None  # sampled tokens up to the end of the first complete box in the model's prose
+    )
     seconds: float = 0.0
     # while the trace runs; a segment is what the model writes between two inserted outputs:
     segment: str = ""
@@ -140,7 +169,9 @@ def trace_seed(seed: int | None, problem: str, sample: int, request: int) -> int
     """A seed of its own for each engine request: one that is added again with the same seed replays the same noise."""
     if seed is None:
         return None
-    return int.from_bytes(hashlib.sha256(f"{seed}/{problem}/{sample}/{request}".encode()).digest()[:7])
+    return int.from_bytes(
+        hashlib.sha256(f"{seed}/{problem}/{sample}/{request}".encode()).digest()[:7]
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -154,15 +185,30 @@ class Agent:
     once; lora: a LoRARequest or None. grpo.py replaces `lora` and `settings` between rollouts.
     """
 
-    def __init__(self, engine, tokenizer, box: Sandbox | None, settings: Settings, max_len: int, slots: int = 64, lora=None):
+    def __init__(
+        self,
+        engine,
+        tokenizer,
+        box: Sandbox | None,
+        settings: Settings,
+        max_len: int,
+        slots: int = 64,
+        lora=None,
+    ):
         self.engine, self.tokenizer, self.box, self.settings = engine, tokenizer, box, settings
         self.max_len, self.slots, self.lora = max_len, slots, lora
-        vocabulary = tokenizer.get_vocab()  # the tags are one token each in Qwen3's vocabulary, ordinary text in others
+        vocabulary = (
+            tokenizer.get_vocab()
+        )  # the tags are one token each in Qwen3's vocabulary, ordinary text in others
         self.open_id, close_id = vocabulary.get(CALL_OPEN), vocabulary.get(CALL_CLOSE)
-        self.close_ids = [close_id] if None not in (self.open_id, close_id) and settings.prompt.agent else []
+        self.close_ids = (
+            [close_id] if None not in (self.open_id, close_id) and settings.prompt.agent else []
+        )
         self.serial = itertools.count()
 
-    def rollout(self, jobs: Iterable[tuple[Problem, int]], on_event: Callable | None = None) -> Iterator[Trace]:
+    def rollout(
+        self, jobs: Iterable[tuple[Problem, int]], on_event: Callable | None = None
+    ) -> Iterator[Trace]:
         """Traces for (problem, sample) pairs, each yielded the moment it ends. jobs may be lazy.
 
         on_event(trace, kind, value) sees "text" (a str as it is sampled), "call" (code) and "output" (a Result).
@@ -173,7 +219,11 @@ class Agent:
         slots = 1  # then 8, 64, ...: prompts that arrive together cannot share a beginning that none of them has computed yet
         try:
             while True:
-                while len(decoding) < slots and len(running) < 4 * self.slots and (job := next(jobs, None)):
+                while (
+                    len(decoding) < slots
+                    and len(running) < 4 * self.slots
+                    and (job := next(jobs, None))
+                ):
                     trace = self.begin(*job)
                     if trace.finish or not self.request(trace, decoding):
                         yield self.end(trace)
@@ -204,7 +254,9 @@ class Agent:
                         trace.finish = trace.finish or move
                         yield self.end(trace)
 
-                for session, result in self.box.poll(timeout=0 if decoding else 0.2) if running else ():
+                for session, result in (
+                    self.box.poll(timeout=0 if decoding else 0.2) if running else ()
+                ):
                     trace = running.pop(session)
                     notify(trace, "output", result)
                     if not self.insert(trace, result) or not self.request(trace, decoding):
@@ -230,13 +282,20 @@ class Agent:
             trace.finish = "max_tokens" if trace.sampled >= s.max_tokens else "context"
             return False
         params = SamplingParams(
-            temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
+            temperature=s.temperature,
+            top_p=s.top_p,
+            top_k=s.top_k,
             seed=trace_seed(s.seed, trace.problem.id, trace.sample, trace.requests),
             max_tokens=min(room, s.max_step_tokens) if s.prompt.agent else room,
-            stop_token_ids=self.close_ids, logprobs=0,  # 0: the sampled token's only
-            detokenize=False, output_kind=RequestOutputKind.DELTA)  # fmt: skip
+            stop_token_ids=self.close_ids,
+            logprobs=0,  # 0: the sampled token's only
+            detokenize=False,
+            output_kind=RequestOutputKind.DELTA,
+        )
         name = f"{trace.problem.id}-{trace.sample}-{trace.requests}-{next(self.serial)}"
-        self.engine.add_request(name, {"prompt_token_ids": trace.prompt_ids + trace.ids}, params, lora_request=self.lora)
+        self.engine.add_request(
+            name, {"prompt_token_ids": trace.prompt_ids + trace.ids}, params, lora_request=self.lora
+        )
         trace.requests += 1
         decoding[name] = trace
         return True
@@ -248,7 +307,11 @@ class Agent:
             trace.ids.append(i)
             trace.mask.append(1)
             trace.logprobs.append(row[i].logprob)
-            ended = new.finish_reason == "stop" and number == len(new.token_ids) and i not in self.close_ids
+            ended = (
+                new.finish_reason == "stop"
+                and number == len(new.token_ids)
+                and i not in self.close_ids
+            )
             if self.close_ids and i == self.open_id and trace.code_at is None:
                 trace.code_at = len(trace.segment)
             if not ended:  # the token that ends the turn is no text
@@ -277,28 +340,44 @@ class Agent:
         at_close = new.finish_reason == "stop" and trace.ids[-1] in self.close_ids
         # Where the tag is ordinary text, its last token may carry more than the tag (">\n"): it was sampled, it stays.
         # Looking at the segment's text also finds a tag that a step limit has cut in two.
-        if in_call and (at_close if self.close_ids else CALL_CLOSE in trace.segment[trace.code_at :]):
+        if in_call and (
+            at_close if self.close_ids else CALL_CLOSE in trace.segment[trace.code_at :]
+        ):
             if trace.sampled >= s.max_tokens:
                 return "max_tokens"  # nobody could read the output
             return "call" if len(trace.calls) < s.max_calls else "max_calls"
         if s.end_at == "box" and "}" in new_text and extract_answer(trace.segment[: trace.code_at]):
             return "answer"
-        if s.prompt.stops and not in_call and any(stop in trace.segment[-len(new_text) - 20 :] for stop in s.prompt.stops):
+        if (
+            s.prompt.stops
+            and not in_call
+            and any(stop in trace.segment[-len(new_text) - 20 :] for stop in s.prompt.stops)
+        ):
             return "eos"
         if new.finish_reason is None:
             return "decode"
         if new.finish_reason == "stop":
-            return "again" if at_close else "eos"  # again: a closing tag that closes nothing is plain text
+            return (
+                "again" if at_close else "eos"
+            )  # again: a closing tag that closes nothing is plain text
         return "again" if new.finish_reason == "length" else "error"
 
     def insert(self, trace: Trace, result: Result) -> bool:
         """Append a snippet's output, untrusted text, as masked tokens; False, with finish set, when nothing more fits."""
         trace.calls.append((snippet_in(trace.segment[trace.code_at :]), result))
-        room = min(self.settings.inserted_tokens - trace.inserted, self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1)
+        room = min(
+            self.settings.inserted_tokens - trace.inserted,
+            self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1,
+        )
         # A fence inside the output would end the block early; SPLIT goes first, for it could hide one from `replace` and is
         # dropped later. Encoded alone, and no added token can come out of it.
-        shown = encode(self.tokenizer, disarm(self.tokenizer, result.output.replace(SPLIT, "").replace("```", "'''")))
-        before = encode(self.tokenizer, ("" if trace.segment.endswith("\n") else "\n") + "```output\n")
+        shown = encode(
+            self.tokenizer,
+            disarm(self.tokenizer, result.output.replace(SPLIT, "").replace("```", "'''")),
+        )
+        before = encode(
+            self.tokenizer, ("" if trace.segment.endswith("\n") else "\n") + "```output\n"
+        )
         after = encode(self.tokenizer, "\n```\n")
         room = min(OUTPUT_TOKENS, room - len(before) - len(after))
         if len(shown) > room:
@@ -321,13 +400,20 @@ class Agent:
 
     def close_segment(self, trace: Trace) -> None:
         """Move the segment into the trace's text; its prose, and only that, may hold the answer."""
-        prose, code = trace.segment[: trace.code_at], trace.segment[len(trace.segment[: trace.code_at]) :]
+        prose, code = (
+            trace.segment[: trace.code_at],
+            trace.segment[len(trace.segment[: trace.code_at]) :],
+        )
         trace.text += trace.segment
-        trace.spans += [(kind, len(part)) for kind, part in (("model", prose), ("code", code)) if part]
+        trace.spans += [
+            (kind, len(part)) for kind, part in (("model", prose), ("code", code)) if part
+        ]
         trace.answer = extract_answer(prose) or trace.answer
         first = next((end for content, end in boxes(prose) if content), None)
         if first and trace.box_tokens is None:
-            trace.box_tokens = trace.sampled - len(trace.ends) + bisect.bisect_left(trace.ends, first) + 1
+            trace.box_tokens = (
+                trace.sampled - len(trace.ends) + bisect.bisect_left(trace.ends, first) + 1
+            )
         trace.segment, trace.ends, trace.code_at, trace.decoder = "", [], None, None
 
     def end(self, trace: Trace) -> Trace:
@@ -346,11 +432,15 @@ class Agent:
 def has_cuda() -> bool:
     """Whether this machine and this installation can use an NVIDIA GPU; cheap, torch is not imported."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return Path("/proc/driver/nvidia/version").exists() and "+cpu" not in importlib.metadata.version("torch")
+        return Path(
+            "/proc/driver/nvidia/version"
+        ).exists() and "+cpu" not in importlib.metadata.version("torch")
     return False
 
 
-ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # trained by `make reproduce` for the embedded model
+ADAPTER = (
+    Path(__file__).resolve().parent / "adapters" / "arithmetic"
+)  # trained by `make reproduce` for the embedded model
 
 
 def chosen_lora(model: str, lora: str | None) -> str | None:
@@ -368,7 +458,11 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     lora = chosen_lora(model, lora)
     if model == "embedded":
         model = str(embedded_model())
-    elif lora is None and (Path(model) / "adapter_config.json").is_file() and not (Path(model) / "config.json").is_file():
+    elif (
+        lora is None
+        and (Path(model) / "adapter_config.json").is_file()
+        and not (Path(model) / "config.json").is_file()
+    ):
         model, lora = adapter_config(model)["base_model_name_or_path"], model
     elif lora is None and not Path(model).exists() and "/" in model:
         # One request settles it; the weights themselves are fetched by whoever loads them.
@@ -386,15 +480,23 @@ def adapter_config(folder: str) -> dict:
     """A PEFT adapter folder's configuration; UserError when the folder is not one."""
     path = Path(folder)
     if not (path / "adapter_config.json").is_file() or not any(path.glob("adapter_model.*")):
-        raise UserError(f"--lora {folder}: not a PEFT adapter folder (it needs adapter_config.json and adapter_model.safetensors)")
-    damaged = [file.name for file in path.glob("adapter_model.safetensors") if not whole_safetensors(file)]
+        raise UserError(
+            f"--lora {folder}: not a PEFT adapter folder (it needs adapter_config.json and adapter_model.safetensors)"
+        )
+    damaged = [
+        file.name for file in path.glob("adapter_model.safetensors") if not whole_safetensors(file)
+    ]
     if damaged:
-        raise UserError(f"--lora {folder}: {damaged[0]} is damaged or cut off: copy it again, or train again")
+        raise UserError(
+            f"--lora {folder}: {damaged[0]} is damaged or cut off: copy it again, or train again"
+        )
     try:
         config = json.loads((path / "adapter_config.json").read_text())
         return {"base_model_name_or_path": None, **config, "r": int(config["r"])}
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"--lora {folder}: adapter_config.json cannot be read as a LoRA configuration") from None
+        raise UserError(
+            f"--lora {folder}: adapter_config.json cannot be read as a LoRA configuration"
+        ) from None
 
 
 def load_tokenizer(model: str):
@@ -410,7 +512,10 @@ def context_length(model: str) -> int:
 
     with one_line(model):
         config = AutoConfig.from_pretrained(model)
-    return int(getattr(config, "max_position_embeddings", None) or config.get_text_config().max_position_embeddings)
+    return int(
+        getattr(config, "max_position_embeddings", None)
+        or config.get_text_config().max_position_embeddings
+    )
 
 
 @contextlib.contextmanager
@@ -419,7 +524,9 @@ def one_line(model: str):
     try:
         yield
     except (OSError, ValueError) as error:
-        raise UserError(f"model {model!r} cannot be had ({first_line(error)}); without a network use the embedded one: --model embedded") from None
+        raise UserError(
+            f"model {model!r} cannot be had ({first_line(error)}); without a network use the embedded one: --model embedded"
+        ) from None
 
 
 def take_rank() -> tuple[int, int]:
@@ -442,22 +549,42 @@ def take_rank() -> tuple[int, int]:
 
 def prepare_environment(verbose: bool) -> None:
     """What vLLM reads from the environment, set before its first import. Figures: 2 cores, 135M model, 64 traces."""
-    quiet = {"VLLM_LOGGING_LEVEL": "ERROR", "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false",
-             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore", "GLOG_minloglevel": "2"}  # fmt: skip
+    quiet = {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+        "PYTHONWARNINGS": "ignore",
+        "GLOG_minloglevel": "2",
+    }
     cores = sorted(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30
     fast = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # engine in this process: no pickling, no second process
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all cores; one would be kept free (135 -> 233 tok/s)
-        "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token: 4 hold 64 traces of 1,400 tokens
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(
+            map(str, cores)
+        ),  # all cores; one would be kept free (135 -> 233 tok/s)
+        "VLLM_CPU_KVCACHE_SPACE": str(
+            max(1, min(4, memory // 4))
+        ),  # GiB; 46 KB a token: 4 hold 64 traces of 1,400 tokens
         "VLLM_NO_USAGE_STATS": "1",
         # One small function of vLLM's sampler is compiled at the first token: seconds, and a C++ compiler is not everywhere.
         **({} if has_cuda() else {"TORCH_COMPILE_DISABLE": "1"}),
     }
     for key, value in {**(quiet if not verbose else {}), **fast}.items():
         os.environ.setdefault(key, value)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)  # torchrun's, see take_rank: vLLM reads them too, and is alone in this process
+    for name in (
+        "RANK",
+        "WORLD_SIZE",
+        "LOCAL_RANK",
+        "LOCAL_WORLD_SIZE",
+        "MASTER_ADDR",
+        "MASTER_PORT",
+    ):
+        os.environ.pop(
+            name, None
+        )  # torchrun's, see take_rank: vLLM reads them too, and is alone in this process
 
 
 @contextlib.contextmanager
@@ -483,11 +610,15 @@ def plain_lora_products() -> None:
     use one adapter (max_loras=1), so that two matrix products do the same."""
     from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
-    def add_products(self, y, x, lora_a, lora_b, scale, sizes, **_):  # x (tokens, in), y (tokens, sum of sizes): q, k and v are one layer
+    def add_products(
+        self, y, x, lora_a, lora_b, scale, sizes, **_
+    ):  # x (tokens, in), y (tokens, sum of sizes): q, k and v are one layer
         if self.is_prefill and self.no_lora:
             return
         at = 0
-        for a, b, size in zip(lora_a, lora_b, sizes, strict=True):  # a (1, 1, r, in), b (1, 1, size, r)
+        for a, b, size in zip(
+            lora_a, lora_b, sizes, strict=True
+        ):  # a (1, 1, r, in), b (1, 1, size, r)
             y[:, at : at + size].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
             at += size
 
@@ -501,14 +632,18 @@ def quick_top_k_top_p() -> None:
 
     original = sampler.apply_top_k_top_p
 
-    def apply(logits, k, p):  # logits (B, V), k (B,), p (B,) or None -> logits with -inf where nothing may be sampled
+    def apply(
+        logits, k, p
+    ):  # logits (B, V), k (B,), p (B,) or None -> logits with -inf where nothing may be sampled
         most = 0 if k is None or p is None else int(k.max())
         if not 0 < most <= 1024:
             return original(logits, k, p)
         values, index = logits.topk(most, dim=-1)  # (B, most), largest first
         place = index.new_tensor(range(most))
         values.masked_fill_(place >= k.unsqueeze(1), -math.inf)
-        tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # probability of this token and all less likely ones
+        tail = (
+            values.softmax(-1).flip(-1).cumsum(-1).flip(-1)
+        )  # probability of this token and all less likely ones
         values.masked_fill_((tail <= 1 - p.unsqueeze(1)) & (place > 0), -math.inf)
         return logits.fill_(-math.inf).scatter_(-1, index, values)
 
@@ -524,30 +659,60 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, args):
     cuda, options = has_cuda(), {}
     if lora:
         config = adapter_config(lora)
-        options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": next(r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= config["r"])}
-        if isinstance(config.get("target_modules"), list):  # else vLLM adapts the output layer too, by zeros: a third of a step
+        options = {
+            "enable_lora": True,
+            "max_loras": 1,
+            "max_lora_rank": next(
+                r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= config["r"]
+            ),
+        }
+        if isinstance(
+            config.get("target_modules"), list
+        ):  # else vLLM adapts the output layer too, by zeros: a third of a step
             options["lora_target_modules"] = config["target_modules"]
     if cuda:
-        options |= {"dtype": "bfloat16", "gpu_memory_utilization": args.gpu_memory_utilization,
-                    "enable_sleep_mode": getattr(args, "sleep", False)}  # grpo.py's: the trainer shares the card  # fmt: skip
+        options |= {
+            "dtype": "bfloat16",
+            "gpu_memory_utilization": args.gpu_memory_utilization,
+            "enable_sleep_mode": getattr(args, "sleep", False),
+        }  # grpo.py's: the trainer shares the card
     else:
         # A per-request seed crashes the CPU build when a prompt's prefill is cut into chunks, so none is cut.
         # float32: as fast as bfloat16 for a small model, 5 times faster on a CPU without bfloat16 instructions, and exact:
         # vLLM's logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
-        options |= {"dtype": "float32", "enforce_eager": True,
-                    "enable_chunked_prefill": False, "max_num_batched_tokens": max(max_len, 8192), "block_size": 32}  # fmt: skip
+        options |= {
+            "dtype": "float32",
+            "enforce_eager": True,
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_len, 8192),
+            "block_size": 32,
+        }
         quick_top_k_top_p()
         if lora:
             plain_lora_products()
     preload = os.environ.get("LD_PRELOAD", "")
-    engine = LLMEngine.from_engine_args(EngineArgs(
-        model=model, max_model_len=max_len, max_num_seqs=slots, enable_prefix_caching=True, disable_log_stats=True,
-        generation_config="vllm", logprobs_mode="processed_logprobs", seed=0,
-        tensor_parallel_size=args.tensor_parallel, **options))  # fmt: skip
-    os.environ["LD_PRELOAD"] = preload  # vLLM's, for workers of its own: not for our sandbox and graders
+    engine = LLMEngine.from_engine_args(
+        EngineArgs(
+            model=model,
+            max_model_len=max_len,
+            max_num_seqs=slots,
+            enable_prefix_caching=True,
+            disable_log_stats=True,
+            generation_config="vllm",
+            logprobs_mode="processed_logprobs",
+            seed=0,
+            tensor_parallel_size=args.tensor_parallel,
+            **options,
+        )
+    )
+    os.environ["LD_PRELOAD"] = (
+        preload  # vLLM's, for workers of its own: not for our sandbox and graders
+    )
     request = LoRARequest("adapter-0", 1, str(Path(lora).resolve())) if lora else None
     if request:
-        engine.add_lora(request)  # now, so that a wrong one ends here and not in the middle of a run
+        engine.add_lora(
+            request
+        )  # now, so that a wrong one ends here and not in the middle of a run
     return engine, request
 
 
@@ -570,18 +735,30 @@ def open_agent(args, problems: list[Problem] = ()):
         context = context_length(model)
         lengths = [len(render_prompt(tokenizer, settings.prompt, p.question)) for p in problems]
         bare = len(render_prompt(tokenizer, settings.prompt, ""))
-        longest = max(lengths, default=bare + 1024)  # at the interactive prompt the problems are not known yet
+        longest = max(
+            lengths, default=bare + 1024
+        )  # at the interactive prompt the problems are not known yet
         if longest >= context:
-            raise UserError(f"the prompt has {longest} tokens and the model's context is {context}: shorten the problem, or use --few-shot none")
+            raise UserError(
+                f"the prompt has {longest} tokens and the model's context is {context}: shorten the problem, or use --few-shot none"
+            )
         max_len = min(context, longest + settings.max_tokens + settings.inserted_tokens)
         if not Path(model).exists() and not args.verbose:
-            print(f"{model}: from the Hugging Face hub; the first time its weights are downloaded (--verbose shows how far)", file=sys.stderr, flush=True)
+            print(
+                f"{model}: from the Hugging Face hub; the first time its weights are downloaded (--verbose shows how far)",
+                file=sys.stderr,
+                flush=True,
+            )
         try:
             with silence(not args.verbose):
                 engine, request = load_engine(model, lora, max_len, args.batch, args)
         except (OSError, ValueError, RuntimeError, StopIteration) as error:
-            reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[:3])[:300]  # pydantic's first line says nothing
-            raise UserError(f"the engine could not load {model}{' with ' + lora if lora else ''}: {reason} (--verbose shows the engine's log)") from None
+            reason = " ".join((str(error).strip() or type(error).__name__).split("\n")[:3])[
+                :300
+            ]  # pydantic's first line says nothing
+            raise UserError(
+                f"the engine could not load {model}{' with ' + lora if lora else ''}: {reason} (--verbose shows the engine's log)"
+            ) from None
         try:
             if box:
                 box.wait_ready()
@@ -597,27 +774,113 @@ def open_agent(args, problems: list[Problem] = ()):
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     cuda = has_cuda()
     group = parser.add_argument_group("model")
-    group.add_argument("--model", default="Intel/deepmath-v1" if cuda else "embedded", metavar="ID|DIR", help="hub id, folder, or `embedded` (default: %(default)s)")
-    group.add_argument("--lora", metavar="DIR", help="PEFT adapter folder; `none` for no adapter (default: the embedded model's in adapters/, else none; grpo.py: a new one)")
-    group.add_argument("--batch", type=int, default=256 if cuda else 64, metavar="N", help="traces decoded at once (default: %(default)s)")
-    group.add_argument("--gpu-memory-utilization", type=float, default=0.9, metavar="X", help="share of the GPU's memory for the engine (default: %(default)s)")
-    group.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs that share one model (default: 1)")
+    group.add_argument(
+        "--model",
+        default="Intel/deepmath-v1" if cuda else "embedded",
+        metavar="ID|DIR",
+        help="hub id, folder, or `embedded` (default: %(default)s)",
+    )
+    group.add_argument(
+        "--lora",
+        metavar="DIR",
+        help="PEFT adapter folder; `none` for no adapter (default: the embedded model's in adapters/, else none; grpo.py: a new one)",
+    )
+    group.add_argument(
+        "--batch",
+        type=int,
+        default=256 if cuda else 64,
+        metavar="N",
+        help="traces decoded at once (default: %(default)s)",
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="X",
+        help="share of the GPU's memory for the engine (default: %(default)s)",
+    )
+    group.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="N",
+        help="GPUs that share one model (default: 1)",
+    )
     group.add_argument("--verbose", action="store_true", help="show the engine's log")
     group = parser.add_argument_group("prompt and tool")
-    group.add_argument("--no-agent", action="store_true", help="plain reasoning, no tool: the baseline")
-    group.add_argument("--prompt", default="chat", metavar="STYLE|FILE", help="chat (the model's template), for base models r1-zero or qwen-boxed, or a file with {question} in it (default: chat)")
-    group.add_argument("--few-shot", metavar="STYLE|FILE", help="turns, system, none, a file like fewshot.txt, or style:file (default: turns for the embedded model, else system)")
-    group.add_argument("--sandbox", choices=["auto", "limits-only"], default="auto", help="limits-only: go on where the kernel has no seccomp, at your own risk")
+    group.add_argument(
+        "--no-agent", action="store_true", help="plain reasoning, no tool: the baseline"
+    )
+    group.add_argument(
+        "--prompt",
+        default="chat",
+        metavar="STYLE|FILE",
+        help="chat (the model's template), for base models r1-zero or qwen-boxed, or a file with {question} in it (default: chat)",
+    )
+    group.add_argument(
+        "--few-shot",
+        metavar="STYLE|FILE",
+        help="turns, system, none, a file like fewshot.txt, or style:file (default: turns for the embedded model, else system)",
+    )
+    group.add_argument(
+        "--sandbox",
+        choices=["auto", "limits-only"],
+        default="auto",
+        help="limits-only: go on where the kernel has no seccomp, at your own risk",
+    )
     group = parser.add_argument_group("sampling and budgets")
-    group.add_argument("--temperature", type=float, default=0.6, metavar="T", help="0 is greedy (default: 0.6; grpo.py: a schedule)")
-    group.add_argument("--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)")
-    group.add_argument("--top-k", type=int, default=20, metavar="K", help="0 is off (default: %(default)s)")
-    group.add_argument("--seed", type=int, default=0, help="same seed, same traces, up to rounding that depends on the batch; -1: not repeatable (default: 0)")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="sampled tokens per trace (default: 1024 for the embedded model, else 20000; grpo.py: the preset's)")
-    group.add_argument("--max-step-tokens", type=int, default=3000, metavar="N", help="tokens of one engine request, after which generation goes on (default: %(default)s)")
-    group.add_argument("--max-calls", type=int, default=50, metavar="N", help="snippets per trace (default: %(default)s)")
-    group.add_argument("--snippet-seconds", type=float, default=20.0, metavar="S", help="wall time of a snippet (default: %(default)s)")
-    group.add_argument("--end-at", choices=["eos", "box"], default="eos", help="end a trace by itself, or at its first complete \\boxed{} (default: eos)")
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.6,
+        metavar="T",
+        help="0 is greedy (default: 0.6; grpo.py: a schedule)",
+    )
+    group.add_argument(
+        "--top-p", type=float, default=0.95, metavar="P", help="(default: %(default)s)"
+    )
+    group.add_argument(
+        "--top-k", type=int, default=20, metavar="K", help="0 is off (default: %(default)s)"
+    )
+    group.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="same seed, same traces, up to rounding that depends on the batch; -1: not repeatable (default: 0)",
+    )
+    group.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="sampled tokens per trace (default: 1024 for the embedded model, else 20000; grpo.py: the preset's)",
+    )
+    group.add_argument(
+        "--max-step-tokens",
+        type=int,
+        default=3000,
+        metavar="N",
+        help="tokens of one engine request, after which generation goes on (default: %(default)s)",
+    )
+    group.add_argument(
+        "--max-calls",
+        type=int,
+        default=50,
+        metavar="N",
+        help="snippets per trace (default: %(default)s)",
+    )
+    group.add_argument(
+        "--snippet-seconds",
+        type=float,
+        default=20.0,
+        metavar="S",
+        help="wall time of a snippet (default: %(default)s)",
+    )
+    group.add_argument(
+        "--end-at",
+        choices=["eos", "box"],
+        default="eos",
+        help="end a trace by itself, or at its first complete \\boxed{} (default: eos)",
+    )
 
 
 def settings_from(args) -> Settings:
@@ -625,27 +888,55 @@ def settings_from(args) -> Settings:
     small = args.model == "embedded"
     if args.max_tokens is None:
         args.max_tokens = 1024 if small else 20_000
-    low = {"temperature": 0, "top_k": 0, "max_tokens": 1, "max_step_tokens": 1, "max_calls": 0, "batch": 1, "tensor_parallel": 1}
+    low = {
+        "temperature": 0,
+        "top_k": 0,
+        "max_tokens": 1,
+        "max_step_tokens": 1,
+        "max_calls": 0,
+        "batch": 1,
+        "tensor_parallel": 1,
+    }
     for name, least in low.items():
         if not math.isfinite(getattr(args, name)) or getattr(args, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')} must be at least {least}, not {getattr(args, name)}"
+            )
     if args.temperature > 2:
         raise UserError(f"--temperature must be at most 2, not {args.temperature}")
     for name, most in {"top_p": 1, "gpu_memory_utilization": 1, "snippet_seconds": 3600}.items():
         if not 0 < getattr(args, name) <= most:
-            raise UserError(f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}")
+            raise UserError(
+                f"--{name.replace('_', '-')} must be above 0 and at most {most}, not {getattr(args, name)}"
+            )
     if args.lora not in (None, "none"):
         adapter_config(args.lora)
     style = "turns" if small else "system"
-    prompt = with_template(read_few_shot(args.few_shot or style, style, agent=not args.no_agent), args.prompt)
-    return Settings(prompt, args.temperature, args.top_p,
-                    args.top_k, None if args.seed < 0 else args.seed, args.max_tokens, args.max_step_tokens, args.max_calls,
-                    args.snippet_seconds, args.end_at)  # fmt: skip
+    prompt = with_template(
+        read_few_shot(args.few_shot or style, style, agent=not args.no_agent), args.prompt
+    )
+    return Settings(
+        prompt,
+        args.temperature,
+        args.top_p,
+        args.top_k,
+        None if args.seed < 0 else args.seed,
+        args.max_tokens,
+        args.max_step_tokens,
+        args.max_calls,
+        args.snippet_seconds,
+        args.end_at,
+    )
 
 
 def trace_json(trace: Trace) -> dict:
-    return {"text": trace.text, "answer": trace.answer, "finish": trace.finish, "tokens": trace.sampled,
-            "calls": [{"code": code, **asdict(result)} for code, result in trace.calls]}  # fmt: skip
+    return {
+        "text": trace.text,
+        "answer": trace.answer,
+        "finish": trace.finish,
+        "tokens": trace.sampled,
+        "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
+    }
 
 
 class View:
@@ -663,12 +954,32 @@ class View:
             self.held += value
             if not self.in_call:  # hold back what may be the beginning of a tag
                 prose, tag, rest = self.held.partition(CALL_OPEN)
-                keep = 0 if tag else next((n for n in range(len(CALL_OPEN) - 1, 0, -1) if prose.endswith(CALL_OPEN[:n])), 0)
+                keep = (
+                    0
+                    if tag
+                    else next(
+                        (
+                            n
+                            for n in range(len(CALL_OPEN) - 1, 0, -1)
+                            if prose.endswith(CALL_OPEN[:n])
+                        ),
+                        0,
+                    )
+                )
                 self.print(prose[: len(prose) - keep])
-                self.held, self.in_call = (tag + rest if tag else prose[len(prose) - keep :]), bool(tag)
+                self.held, self.in_call = (
+                    (tag + rest if tag else prose[len(prose) - keep :]),
+                    bool(tag),
+                )
         elif kind == "call":
             self.held, self.in_call = "", False
-            self.console.print(Padding(Syntax(value, "python", background_color="default", word_wrap=True), (0, 0, 0, 4), expand=False))
+            self.console.print(
+                Padding(
+                    Syntax(value, "python", background_color="default", word_wrap=True),
+                    (0, 0, 0, 4),
+                    expand=False,
+                )
+            )
         elif kind == "output":
             style = "dim" if value.status == "ok" else "red"
             self.console.print(Padding(Text(value.output, style=style), (0, 0, 0, 4), expand=False))
@@ -685,16 +996,24 @@ class View:
 def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool) -> dict:
     """n traces of one problem and their vote; prints them for people unless as_json. Returns the JSON object."""
     started, view, traces = time.monotonic(), View(console), []
-    for trace in agent.rollout(((problem, i) for i in range(n)), view if n == 1 and not as_json else None):
+    for trace in agent.rollout(
+        ((problem, i) for i in range(n)), view if n == 1 and not as_json else None
+    ):
         traces.append(trace)
         if n > 1 and not as_json:
-            console.print(f"trace {trace.sample:2d}: {trace.sampled:5d} tokens, {len(trace.calls)} calls, {trace.finish}: "
-                          f"{trace.answer or 'no answer'}", markup=False, highlight=False)  # fmt: skip
+            console.print(
+                f"trace {trace.sample:2d}: {trace.sampled:5d} tokens, {len(trace.calls)} calls, {trace.finish}: "
+                f"{trace.answer or 'no answer'}",
+                markup=False,
+                highlight=False,
+            )
     traces.sort(key=lambda t: t.sample)
     if n == 1:
         winner, votes = traces[0].answer, [(traces[0].answer, 1)] if traces[0].answer else []
     else:
-        from evaluate import vote  # the one import against the reading order: evaluate.py builds on this file
+        from evaluate import (
+            vote,
+        )  # the one import against the reading order: evaluate.py builds on this file
 
         result = vote([t.answer for t in traces])
         winner, votes = result.winner, [(answer, count) for answer, count, *_ in result.clusters]
@@ -704,12 +1023,23 @@ def solve(agent: Agent, problem: Problem, n: int, console, as_json: bool) -> dic
             view.close()
         calls = sum(len(t.calls) for t in traces)
         share = f" ({votes[0][1]} of {n} votes)" if n > 1 and votes else ""
-        console.print(f"answer: {winner or 'none'}", style="bold", markup=False, highlight=False, end="")
-        console.print(f"{share}   {tokens} tokens, {calls} calls, {seconds:.1f} s", style="dim", markup=False, highlight=False)
+        console.print(
+            f"answer: {winner or 'none'}", style="bold", markup=False, highlight=False, end=""
+        )
+        console.print(
+            f"{share}   {tokens} tokens, {calls} calls, {seconds:.1f} s",
+            style="dim",
+            markup=False,
+            highlight=False,
+        )
         if n == 1 and traces[0].finish not in ("eos", "answer"):
             console.print(f"(the trace was ended: {traces[0].finish})", style="dim")
-    return {"problem": problem.question, "answer": winner,
-            "votes": [{"answer": a, "count": c} for a, c in votes], "traces": [trace_json(t) for t in traces]}  # fmt: skip
+    return {
+        "problem": problem.question,
+        "answer": winner,
+        "votes": [{"answer": a, "count": c} for a, c in votes],
+        "traces": [trace_json(t) for t in traces],
+    }
 
 
 def questions(console) -> Iterator[str]:
@@ -727,10 +1057,24 @@ def questions(console) -> Iterator[str]:
 
 
 def main() -> None:
-    parser = Parser(description="Solve a math problem with a model that runs Python while it thinks.")
-    parser.add_argument("problem", nargs="?", help="the problem; - reads it from standard input; none: a prompt for problem after problem")
-    parser.add_argument("--n", type=int, default=1, metavar="N", help="traces to sample; their answers are put to the vote (default: 1)")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output and nothing else")
+    parser = Parser(
+        description="Solve a math problem with a model that runs Python while it thinks."
+    )
+    parser.add_argument(
+        "problem",
+        nargs="?",
+        help="the problem; - reads it from standard input; none: a prompt for problem after problem",
+    )
+    parser.add_argument(
+        "--n",
+        type=int,
+        default=1,
+        metavar="N",
+        help="traces to sample; their answers are put to the vote (default: 1)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output and nothing else"
+    )
     add_model_flags(parser)
     args = parser.parse_args()
     try:
@@ -750,7 +1094,9 @@ def main() -> None:
 
     console = Console(soft_wrap=True)
     out = os.dup(1) if args.json else None
-    if args.json:  # whatever a library prints goes to stderr: stdout holds the object and nothing else
+    if (
+        args.json
+    ):  # whatever a library prints goes to stderr: stdout holds the object and nothing else
         os.dup2(2, 1)
     if sys.stderr.isatty():
         print("loading the model ...", file=sys.stderr, end="\r", flush=True)

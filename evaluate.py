@@ -50,13 +50,23 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from agent import Trace, add_model_flags, chosen_lora, extract_answer, open_agent, settings_from, take_rank
+from agent import (
+    Trace,
+    add_model_flags,
+    chosen_lora,
+    extract_answer,
+    open_agent,
+    settings_from,
+    take_rank,
+)
 from data import Parser, Problem, UserError, add_data_flags, load_from_flags, run_main, topic_levels
 
 
 class Verdict(NamedTuple):
     equal: bool
-    status: str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok count as wrong
+    status: (
+        str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok count as wrong
+    )
 
 
 class Vote(NamedTuple):
@@ -72,7 +82,9 @@ class Graded:
     rows: list[dict]  # its traces, by sample number
     answers: list[str | None]
     verdicts: list[Verdict]
-    clusters: list[tuple[str, int, list[int], bool]]  # (answer, votes, positions in rows, right), most votes first
+    clusters: list[
+        tuple[str, int, list[int], bool]
+    ]  # (answer, votes, positions in rows, right), most votes first
     majority: list[float]  # at k = 1..n
 
     @property
@@ -98,36 +110,101 @@ class Run:
 # points to 20 digits, and what is left goes to math-verify.
 
 FONTS = r"\\(?:math(?:rm|bf|it|sf|tt|normal)|text(?:bf|it|rm|sf|tt|normal)|operatorname|boldsymbol|bm|mbox|hbox|emph|mathop)\b\*?\s*(?=\{)"
-TIDY = [(re.compile(pattern), new) for pattern, new in [
-    (r"\\\\(?:\[[\d.]*(?:pt|em|ex|mm|cm)\])?", " ¶ "),  # the end of a row
-    (r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\\[,!]|,\\!)\s*(?=\d{3}(?!\d))", ","),  # 14{,}916  32,\!349  10\,000
-    (r"\\!\s*|\\(?:displaystyle|textstyle|limits|nolimits|hfill|left(?![a-z])|right(?![a-z])|[bB]igg?[lrm]?(?![a-z]))\.?", ""),
-    (r"(?<!\\)\$|\\[()](?!\w)", ""), (r"\\\$\s*", "¤"),  # an amount keeps its dollar: it is a unit
-    (r"\\[,;:> ]|\\q?quad\b|~|\\thinspace|[\s\u00a0\u2009\u202f]+", " "),
-    (FONTS, r"\\text"),
-    (r"\\text\s*\{\s*([A-Za-z])\s*\}(?!\^)", r" \1"),  # one letter is a symbol: \mathrm{e}
-    (r"\\text\s*\{\s*\}", ""),
-    (r"\\[dtc]frac(?![a-z])", r"\\frac"),
-    (r"\\(?:leq|leqslant)(?![a-z])|<=|≤", r"\\le "), (r"\\(?:geq|geqslant)(?![a-z])|>=|≥", r"\\ge "),
-    (r"\\neq(?![a-z])|!=|≠|\\not\s*=", r"\\ne "), (r"\\lt(?![a-z])", "<"), (r"\\gt(?![a-z])", ">"),
-    (r"\+\s*(\\infty|∞|infinity|inf)(?![a-z])|(?<![a-z\\])(?:infinity|inf|oo)(?![a-z])|∞", r"\\infty "),
-    (r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![a-z])|\\text\{\s*(?:degrees?|deg)\s*\}|(?<=\d)\s*degrees?\b", "°"),
-    (r"\\?%|\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-z])(?:percentage|percent|pct)(?![a-z])", "%"),
-    (r"\\(?:approx|simeq)(?![a-z])|≈", "≈"), (r"\\(?:cup)(?![a-z])|∪", "∪"), (r"\\in(?![a-z])|∈", "∈"), (r"−|–", "-"),
-    (r"×", r"\\times "), (r"·|⋅", r"\\cdot "), (r"÷", "/"), (r"π", r"\\pi "), (r"²", "^2"), (r"³", "^3"), (r"√", r"\\sqrt "),
-    (r"\\lbrace|\\\{", r"\\{"), (r"\\rbrace|\\\}", r"\\}"),
-    (r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+|(?<=[\d)}]),?\s*(?:and|or)(?=[\d(\\A-Za-z])", " , "),
-    (r"\^(\w|\{[^{}]*\})\s*_\s*(\w|\{[^{}]*\})", r"_\2^\1"), (r"_\s*\{\s*(\w)\s*\}", r"_\1"), (r"\s+_", "_"),
-    (r"\\varnothing(?![a-z])|∅|\\\{\s*\\\}", r"\\emptyset "), (r"\s+", " "),
-]]  # fmt: skip
+TIDY = [
+    (re.compile(pattern), new)
+    for pattern, new in [
+        (r"\\\\(?:\[[\d.]*(?:pt|em|ex|mm|cm)\])?", " ¶ "),  # the end of a row
+        (
+            r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\\[,!]|,\\!)\s*(?=\d{3}(?!\d))",
+            ",",
+        ),  # 14{,}916  32,\!349  10\,000
+        (
+            r"\\!\s*|\\(?:displaystyle|textstyle|limits|nolimits|hfill|left(?![a-z])|right(?![a-z])|[bB]igg?[lrm]?(?![a-z]))\.?",
+            "",
+        ),
+        (r"(?<!\\)\$|\\[()](?!\w)", ""),
+        (r"\\\$\s*", "¤"),  # an amount keeps its dollar: it is a unit
+        (r"\\[,;:> ]|\\q?quad\b|~|\\thinspace|[\s\u00a0\u2009\u202f]+", " "),
+        (FONTS, r"\\text"),
+        (r"\\text\s*\{\s*([A-Za-z])\s*\}(?!\^)", r" \1"),  # one letter is a symbol: \mathrm{e}
+        (r"\\text\s*\{\s*\}", ""),
+        (r"\\[dtc]frac(?![a-z])", r"\\frac"),
+        (r"\\(?:leq|leqslant)(?![a-z])|<=|≤", r"\\le "),
+        (r"\\(?:geq|geqslant)(?![a-z])|>=|≥", r"\\ge "),
+        (r"\\neq(?![a-z])|!=|≠|\\not\s*=", r"\\ne "),
+        (r"\\lt(?![a-z])", "<"),
+        (r"\\gt(?![a-z])", ">"),
+        (
+            r"\+\s*(\\infty|∞|infinity|inf)(?![a-z])|(?<![a-z\\])(?:infinity|inf|oo)(?![a-z])|∞",
+            r"\\infty ",
+        ),
+        (
+            r"\^\s*\{?\s*(?:\\circ|\\degree)\s*\}?|\\degree(?![a-z])|\\text\{\s*(?:degrees?|deg)\s*\}|(?<=\d)\s*degrees?\b",
+            "°",
+        ),
+        (
+            r"\\?%|\\text\{\s*(?:percent|percentage|pct)\s*\}|(?<![a-z])(?:percentage|percent|pct)(?![a-z])",
+            "%",
+        ),
+        (r"\\(?:approx|simeq)(?![a-z])|≈", "≈"),
+        (r"\\(?:cup)(?![a-z])|∪", "∪"),
+        (r"\\in(?![a-z])|∈", "∈"),
+        (r"−|–", "-"),
+        (r"×", r"\\times "),
+        (r"·|⋅", r"\\cdot "),
+        (r"÷", "/"),
+        (r"π", r"\\pi "),
+        (r"²", "^2"),
+        (r"³", "^3"),
+        (r"√", r"\\sqrt "),
+        (r"\\lbrace|\\\{", r"\\{"),
+        (r"\\rbrace|\\\}", r"\\}"),
+        (
+            r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+|(?<=[\d)}]),?\s*(?:and|or)(?=[\d(\\A-Za-z])",
+            " , ",
+        ),
+        (r"\^(\w|\{[^{}]*\})\s*_\s*(\w|\{[^{}]*\})", r"_\2^\1"),
+        (r"_\s*\{\s*(\w)\s*\}", r"_\1"),
+        (r"\s+_", "_"),
+        (r"\\varnothing(?![a-z])|∅|\\\{\s*\\\}", r"\\emptyset "),
+        (r"\s+", " "),
+    ]
+]
 UNIT_NAMES = """m meter meters metre metres|cm centimeter centimeters centimetre centimetres|mm millimeter millimeters|km kilometer kilometers
     kilometre kilometres|in inch inches|ft foot feet|yd yard yards|mi mile miles|s sec second seconds|min minute minutes|h hr hrs hour hours
     |day days|week weeks|month months|year years yr yrs|g gram grams|kg kilogram kilograms|lb lbs pound pounds|oz ounce ounces|l liter liters
     litre litres|ml milliliter milliliters|gallon gallons|dollar dollars usd|cent cents|euro euros|mph|kmh kph|radian radians rad"""
 UNITS = {alias: names.split()[0] for names in UNIT_NAMES.split("|") for alias in names.split()}
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-NOT_UNITS = {"not", "no", "and", "or", "if", "mod", "than", "least", "most", "when", "where", "for", "base", "pi", "i", "undefined", "infinity"}
-TEXT_UNIT = re.compile(r"(.*?[\d})|°%\w])\s*(?:\\text\{([^{}]*)\}|(?<=[\d})|% ])([A-Za-z][A-Za-z. /]+))\s*(?:\^\s*\{?\s*[23]\s*\}?)?\.?")
+SCALES = {
+    "hundred": 10**2,
+    "thousand": 10**3,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+    "dozen": 12,
+}
+NOT_UNITS = {
+    "not",
+    "no",
+    "and",
+    "or",
+    "if",
+    "mod",
+    "than",
+    "least",
+    "most",
+    "when",
+    "where",
+    "for",
+    "base",
+    "pi",
+    "i",
+    "undefined",
+    "infinity",
+}
+TEXT_UNIT = re.compile(
+    r"(.*?[\d})|°%\w])\s*(?:\\text\{([^{}]*)\}|(?<=[\d})|% ])([A-Za-z][A-Za-z. /]+))\s*(?:\^\s*\{?\s*[23]\s*\}?)?\.?"
+)
 NUMBER = r"[1-9]\d{0,2}(?:,\d{3})+(?:\.\d*)?|[1-9]\d{0,2}(?: \d{3})+(?:\.\d*)?|\d+\.?\d*|\.\d+"
 
 
@@ -135,7 +212,9 @@ def tidy(text: str) -> str:
     """An answer without LaTeX's noise: spacing, fonts, sizes, dollars, synonyms. Idempotent; the meaning stays."""
     text = text.strip().replace("\x0crac", "\\frac")
     if "\\\\begin" in text or not re.search(r"\\begin|\\\\\s|\\\\$", text):
-        text = text.replace("\\\\", "\\")  # escaped twice: only a matrix has use for a double backslash
+        text = text.replace(
+            "\\\\", "\\"
+        )  # escaped twice: only a matrix has use for a double backslash
     for pattern, new in TIDY:
         text = pattern.sub(new, text)
     text = brace_arguments(text).strip(" ").rstrip(".;,: ").lstrip(",:; ")
@@ -152,7 +231,11 @@ def brace_arguments(text: str) -> str:
     done, at = "", 0
     for m in re.finditer(r"\\frac\s*(?=\{)", text):
         end = closing(text, m.end())
-        if end and (rest := re.compile(r"\s*(\d|[A-Za-z]|\\pi)").match(text, end + 1)) and m.start() >= at:
+        if (
+            end
+            and (rest := re.compile(r"\s*(\d|[A-Za-z]|\\pi)").match(text, end + 1))
+            and m.start() >= at
+        ):
             done += text[at : end + 1] + "{" + rest[1] + "}"
             at = rest.end()
     return done + text[at:]
@@ -172,7 +255,9 @@ def split_top(text: str, separators: str) -> list[str]:
     """text cut at the separators (single characters) that stand outside all brackets and environments."""
     parts, depth, start = [], 0, 0
     for i, c in enumerate(text):
-        depth += (c in "([{" or text.startswith("\\begin", i)) - (c in ")]}" or text.startswith("\\end", i))
+        depth += (c in "([{" or text.startswith("\\begin", i)) - (
+            c in ")]}" or text.startswith("\\end", i)
+        )
         if c in separators and depth == 0:
             parts.append(text[start:i])
             start = i + 1
@@ -188,17 +273,31 @@ def number(text: str) -> tuple[Fraction, int | None] | None:
     sign = -1 if "-" in sign else 1
     if len(body) > 400:
         return None
-    if m := re.fullmatch(rf"({NUMBER})(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(\{{[+-]?\d+\}}|\([+-]?\d+\)|[+-]?\d+)|[eE]([+-]?\d+))?", body):
-        digits, power = m[1].replace(",", "").replace(" ", ""), int((m[2] or m[3] or "0").strip("{}()"))
+    if m := re.fullmatch(
+        rf"({NUMBER})(?:\s*(?:\\times|\\cdot|\*|x)\s*10\s*(?:\^|\*\*)\s*(\{{[+-]?\d+\}}|\([+-]?\d+\)|[+-]?\d+)|[eE]([+-]?\d+))?",
+        body,
+    ):
+        digits, power = (
+            m[1].replace(",", "").replace(" ", ""),
+            int((m[2] or m[3] or "0").strip("{}()")),
+        )
         if abs(power) > 1000:
             return None
         value = sign * Fraction(digits if digits != "." else "0") * Fraction(10) ** power
-        exact = "." not in digits or (value.denominator == 1 and not digits.partition(".")[2].strip("0"))
+        exact = "." not in digits or (
+            value.denominator == 1 and not digits.partition(".")[2].strip("0")
+        )
         return value, None if exact else max(1, len(digits.replace(".", "").lstrip("0")))
     if m := re.fullmatch(r"(\d*)\.(\d*)\\overline\{(\d+)\}", body):
         whole, head, loop = m[1] or "0", m[2], m[3]
-        return sign * (Fraction(f"{whole}.{head or 0}") + Fraction(int(loop), 10 ** len(head) * (10 ** len(loop) - 1))), None
-    if m := re.fullmatch(rf"(\d+ ?)?\\frac\{{\s*([+-]?)\s*({NUMBER})\s*\}}\{{\s*([+-]?)\s*({NUMBER})\s*\}}|(\d+ )?({NUMBER})\s*/\s*([+-]?)({NUMBER})", body):
+        return sign * (
+            Fraction(f"{whole}.{head or 0}")
+            + Fraction(int(loop), 10 ** len(head) * (10 ** len(loop) - 1))
+        ), None
+    if m := re.fullmatch(
+        rf"(\d+ ?)?\\frac\{{\s*([+-]?)\s*({NUMBER})\s*\}}\{{\s*([+-]?)\s*({NUMBER})\s*\}}|(\d+ )?({NUMBER})\s*/\s*([+-]?)({NUMBER})",
+        body,
+    ):
         whole, top, bottom = m[1] or m[6], m[3] or m[7], m[5] or m[9]
         top, bottom = (Fraction(x.replace(",", "").replace(" ", "")) for x in (top, bottom))
         if not bottom or (whole and not top < bottom):
@@ -220,7 +319,9 @@ def same_number(x: tuple, y: tuple) -> bool:
     if m and n or not (m or n):
         return False
     exact, rounded, digits = (b, a, m) if m else (a, b, n)
-    endless = exact.denominator // math.gcd(exact.denominator, 10 ** (exact.denominator.bit_length())) > 1
+    endless = (
+        exact.denominator // math.gcd(exact.denominator, 10 ** (exact.denominator.bit_length())) > 1
+    )
     return endless and same_rounding(exact, rounded, digits)
 
 
@@ -231,7 +332,9 @@ def same_rounding(exact, rounded: Fraction, digits: int) -> bool:
     size = abs(rounded)
     power = len(str(size.numerator)) - len(str(size.denominator))  # floor(log10(size)) or one more
     unit = Fraction(10) ** (power + (Fraction(10) ** power <= size) - digits)
-    return abs(exact - rounded) <= unit / 2 or (abs(exact) > abs(rounded) and abs(exact - rounded) < unit)
+    return abs(exact - rounded) <= unit / 2 or (
+        abs(exact) > abs(rounded) and abs(exact - rounded) < unit
+    )
 
 
 def quick(gold: str, answer: str) -> bool | None:
@@ -258,12 +361,16 @@ def squeeze(text: str) -> str:
     return re.sub(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", "", text)
 
 
-NAME_JUNK = re.compile(r"\\(?:text|overline|widehat|hat|vec|bar|angle|triangle|Delta|mathbb|mathcal)(?![a-z])|_\{[^{}]*\}|_\w|\\[a-zA-Z]+|['|{}\s°]")
+NAME_JUNK = re.compile(
+    r"\\(?:text|overline|widehat|hat|vec|bar|angle|triangle|Delta|mathbb|mathcal)(?![a-z])|_\{[^{}]*\}|_\w|\\[a-zA-Z]+|['|{}\s°]"
+)
 
 
 def is_name(text: str) -> bool:
     """Whether the left side of `=` names a quantity (x, f(x), (p,q), |AB|, a_n, A:B, \\frac{NO}{BO}): no sums, powers."""
-    text = re.sub(r"(?<=[A-Za-z}'])\s*\([^()]*\)", "", text.strip())  # arguments of a function may be numbers
+    text = re.sub(
+        r"(?<=[A-Za-z}'])\s*\([^()]*\)", "", text.strip()
+    )  # arguments of a function may be numbers
     text = re.sub(r"\\text\{[^{}]*\}", "T", text)
     if re.search(r"\\(?:infty|sum|int|prod|sqrt|cdot|times|pm|mp)(?![a-z])", text):
         return False
@@ -300,7 +407,9 @@ def same(gold: str, answer: str, depth: int = 0) -> bool:
     x, y = number(g), number(a)
     if x and y and (same_number(x, y) or not ("," in g and "," in a)):
         return same_number(x, y)
-    if x and re.fullmatch(r"-?\d+,\d+", a) or y and re.fullmatch(r"-?\d+,\d+", g):  # a decimal comma
+    if (
+        x and re.fullmatch(r"-?\d+,\d+", a) or y and re.fullmatch(r"-?\d+,\d+", g)
+    ):  # a decimal comma
         p, q = number(g.replace(",", ".")), number(a.replace(",", "."))
         if p and q and "." in g + a:
             return same_number(p, q)
@@ -324,30 +433,59 @@ def same_percent(g: str, a: str, depth: int) -> bool | None:
     ratio = number(plain) if plain is g else None
     as_is = not (ratio and 0 < ratio[0] < 1) and same(p, q, depth + 1)
     exact = number(value)
-    return as_is or same(plain, str(exact[0] / 100) if exact else rf"\frac{{{value}}}{{100}}", depth + 1)
+    return as_is or same(
+        plain, str(exact[0] / 100) if exact else rf"\frac{{{value}}}{{100}}", depth + 1
+    )
 
 
 def same_clock_base_or_choice(g: str, a: str, depth: int) -> bool | None:
     """Times of day, numerals with a base, the letter of a multiple choice."""
-    clock = re.compile(r"(?:\\text\{\s*)?(\d{1,2}):(\d\d)(?::(\d\d))?\s*(?:\\text\{)?\s*(?:([AaPp])\.?\s?[Mm]\.?)?\s*\}?")
+    clock = re.compile(
+        r"(?:\\text\{\s*)?(\d{1,2}):(\d\d)(?::(\d\d))?\s*(?:\\text\{)?\s*(?:([AaPp])\.?\s?[Mm]\.?)?\s*\}?"
+    )
     if (m := clock.fullmatch(g)) and (n := clock.fullmatch(a)):
+
         def read(t):
             half = (t[4] or "").lower()
-            return (int(t[1]) % 12 + 12 * (half == "p") if half else int(t[1])), int(t[2]), int(t[3] or 0)
+            return (
+                (int(t[1]) % 12 + 12 * (half == "p") if half else int(t[1])),
+                int(t[2]),
+                int(t[3] or 0),
+            )
+
         (h, *rest), (k, *others) = read(m), read(n)
         one_sided = bool(m[4]) != bool(n[4]) and int(m[1]) == int(n[1])
         return (h == k or one_sided) and rest == others
-    base = re.compile(r"\(?([0-9A-Fa-f]+)\)?_\{?\s*(?:\\text\{)?(\d+|two|three|four|five|six|seven|eight|nine|twelve)\}*|()([0-9A-F]+)()")
+    base = re.compile(
+        r"\(?([0-9A-Fa-f]+)\)?_\{?\s*(?:\\text\{)?(\d+|two|three|four|five|six|seven|eight|nine|twelve)\}*|()([0-9A-F]+)()"
+    )
     if "_" in g and (m := base.fullmatch(g)) and (n := base.fullmatch(a)):
-        words = dict(two="2", three="3", four="4", five="5", six="6", seven="7", eight="8", nine="9", twelve="12")
-        return (m[1] or m[4]).upper() == (n[1] or n[4]).upper() and (not n[2] or words.get(m[2], m[2]) == words.get(n[2], n[2]))
-    choice = re.compile(r"(?:\\text\{\s*)?\(([A-Z])\)(?:\s*\})?\s*(.*)|(?:\\text\{\s*)?([A-Z])[.):](?:\s*\}|\s)\s*(.+)|(?:\\text\{)?([A-Z])\}?()", re.S)
+        words = dict(
+            two="2",
+            three="3",
+            four="4",
+            five="5",
+            six="6",
+            seven="7",
+            eight="8",
+            nine="9",
+            twelve="12",
+        )
+        return (m[1] or m[4]).upper() == (n[1] or n[4]).upper() and (
+            not n[2] or words.get(m[2], m[2]) == words.get(n[2], n[2])
+        )
+    choice = re.compile(
+        r"(?:\\text\{\s*)?\(([A-Z])\)(?:\s*\})?\s*(.*)|(?:\\text\{\s*)?([A-Z])[.):](?:\s*\}|\s)\s*(.+)|(?:\\text\{)?([A-Z])\}?()",
+        re.S,
+    )
     m, n = choice.fullmatch(g), choice.fullmatch(a)
     if n and (m or n[2] or n[4]):
         letter, rest = n[1] or n[3] or n[5], n[2] or n[4]
         if m:
             return (m[1] or m[3] or m[5]) == letter
-        return same(g, rest.removeprefix("\\text{").rstrip("}") if "{" not in rest[6:] else rest, depth + 1)
+        return same(
+            g, rest.removeprefix("\\text{").rstrip("}") if "{" not in rest[6:] else rest, depth + 1
+        )
     return None
 
 
@@ -359,14 +497,20 @@ def same_with_units(g: str, a: str, depth: int) -> bool | None:
     if u and v and u != v:
         return False
     turn = r"(%s) \cdot \frac{\pi}{180}"  # 90° is also \pi/2
-    return same(p, q, depth + 1) or (u == "°" and not v and same(turn % p, q, depth + 1)) or (v == "°" and not u and same(p, turn % q, depth + 1))
+    return (
+        same(p, q, depth + 1)
+        or (u == "°" and not v and same(turn % p, q, depth + 1))
+        or (v == "°" and not u and same(p, turn % q, depth + 1))
+    )
 
 
 def split_unit(text: str) -> tuple[str, str | None]:
     """(value, known unit or None). `3 million` becomes a number, because there the word is part of the value."""
     if m := re.fullmatch(r"(-?)¤(.*\d.*)|(.*\d)¤", text):
         return (m[1] or "") + (m[2] or m[3]).strip(), "dollar"
-    if re.fullmatch(r"[^°]*[\d})]\s*°", text) and not re.search(r"\\(?!frac|sqrt|pi)[a-z]{2}", text):
+    if re.fullmatch(r"[^°]*[\d})]\s*°", text) and not re.search(
+        r"\\(?!frac|sqrt|pi)[a-z]{2}", text
+    ):
         return text.rstrip("° "), "°"
     m = TEXT_UNIT.fullmatch(text)
     if not m:
@@ -375,13 +519,19 @@ def split_unit(text: str) -> tuple[str, str | None]:
     is_value = re.search(r"\d|\\pi|\\sqrt", value) and len(split_top(value, ",;<>")) == 1
     if not is_value or not 0 < len(words) <= 5 or NOT_UNITS & set(words):
         return text, None
-    if m[3]:  # bare letters behind a number are variables, unless they spell a unit or are long words
-        spelled = (words[0] in UNITS and len(words[0]) > 1) or len(words[0]) > (2 if text[len(m[1])] == " " else 3)
+    if m[
+        3
+    ]:  # bare letters behind a number are variables, unless they spell a unit or are long words
+        spelled = (words[0] in UNITS and len(words[0]) > 1) or len(words[0]) > (
+            2 if text[len(m[1])] == " " else 3
+        )
         if not spelled or re.search(r"[A-Za-z]", re.sub(r"\\[A-Za-z]+", "", value)):
             return text, None
     if words[0] in SCALES:
         exact = number(value)
-        return str(exact[0] * SCALES[words[0]]) if exact else rf"{SCALES[words[0]]} \cdot ({value})", None
+        return str(
+            exact[0] * SCALES[words[0]]
+        ) if exact else rf"{SCALES[words[0]]} \cdot ({value})", None
     return value, next((UNITS[w] for w in words if w in UNITS), None)
 
 
@@ -400,12 +550,21 @@ def same_pieces(g: str, a: str, depth: int) -> bool:
     left, right = relation(g), relation(a)
     if left and right and not (g_name and a_name) and same_relation(left, right):
         return True
-    if (g_name or a_name) and not (g_name and a_name and squeeze(g_name) != squeeze(a_name) and not renamed(g_name, a_name)):
+    if (g_name or a_name) and not (
+        g_name and a_name and squeeze(g_name) != squeeze(a_name) and not renamed(g_name, a_name)
+    ):
         return same(g_value, a_value, depth + 1)
     if (m := matrix(g)) and (n := matrix(a)):
-        return [len(r) for r in m] == [len(r) for r in n] and all(same(p, q, depth + 1) for r, s in zip(m, n) for p, q in zip(r, s))
+        return [len(r) for r in m] == [len(r) for r in n] and all(
+            same(p, q, depth + 1) for r, s in zip(m, n) for p, q in zip(r, s)
+        )
     if "∪" in g or "∪" in a:
-        g, a = (f"(-\\infty, {v}) ∪ ({v}, \\infty)" if (v := re.fullmatch(r"[a-zA-Z] ?\\ne ?(.*)", s)) and (v := v[1]) else s for s in (g, a))
+        g, a = (
+            f"(-\\infty, {v}) ∪ ({v}, \\infty)"
+            if (v := re.fullmatch(r"[a-zA-Z] ?\\ne ?(.*)", s)) and (v := v[1])
+            else s
+            for s in (g, a)
+        )
         verdict = unordered(split_top(g, "∪"), split_top(a, "∪"), depth)
         return verdict or same_scalar(g, a)
     p, q = bracketed(g) or interval(g) or vector(g), bracketed(a) or interval(a) or vector(a)
@@ -415,8 +574,12 @@ def same_pieces(g: str, a: str, depth: int) -> bool:
         return len(p[1]) == len(q[1]) and all(same(s, t, depth + 1) for s, t in zip(p[1], q[1]))
     r, s = split_top(g, ":"), split_top(a, ":")
     if len(r) == len(s) > 1:  # a ratio
-        return all(same(f"({x})({s[0]})", f"({y})({r[0]})", depth + 1) for x, y in zip(r[1:], s[1:]))
-    return bool(left and right and g_name and a_name and same_relation(left, right)) or same_scalar(g, a)
+        return all(
+            same(f"({x})({s[0]})", f"({y})({r[0]})", depth + 1) for x, y in zip(r[1:], s[1:])
+        )
+    return bool(left and right and g_name and a_name and same_relation(left, right)) or same_scalar(
+        g, a
+    )
 
 
 def renamed(g: str, a: str) -> bool:
@@ -437,7 +600,11 @@ def items(text: str) -> list[str]:
     for p in parts:
         if re.search(r"\\pm(?![a-z])|±|\\mp", p):
             for plus, minus in (("+", "-"), ("-", "+")):
-                written.append(re.sub(r"\\pm(?![a-z])|±", f" {plus} ", p).replace("\\mp", f" {minus} ").replace("= +", "= "))
+                written.append(
+                    re.sub(r"\\pm(?![a-z])|±", f" {plus} ", p)
+                    .replace("\\mp", f" {minus} ")
+                    .replace("= +", "= ")
+                )
         else:
             written.append(p)
     return [re.sub(r"^\s*\+\s*", "", p) for p in written]
@@ -451,7 +618,10 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
     if all(g_names) and len(set(g_names)) == len(gs) > 1:
         if all(a_names) and len(as_) == len(gs):
             pairs = dict(zip(map(squeeze, a_names), av))
-            return all(squeeze(k) in pairs and same(v, pairs[squeeze(k)], depth + 1) for k, v in zip(g_names, gv))
+            return all(
+                squeeze(k) in pairs and same(v, pairs[squeeze(k)], depth + 1)
+                for k, v in zip(g_names, gv)
+            )
         if set(filter(None, a_names)) - set(g_names) - {unname(a)[0]}:
             return False
         if (b := bracketed(unname(a)[1])) and len(as_) == 1:
@@ -466,10 +636,16 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
         return False
     for bare, other in ((gs, a), (as_, g)):  # `1, 2` for the pair (1, 2), in this order
         b = bracketed(unname(other)[1])
-        if b and len(bare) == len(b[1]) > 1 and (b[0] == "(" or len(bare) > 2) and not (g.startswith("\\{") or a.startswith("\\{")):
+        if (
+            b
+            and len(bare) == len(b[1]) > 1
+            and (b[0] == "(" or len(bare) > 2)
+            and not (g.startswith("\\{") or a.startswith("\\{"))
+        ):
             return all(same(p, q, depth + 1) for p, q in zip(bare, b[1]))
     if not re.search(r"∪|[<>]|\\[lg]e", g + a):
         return False
+
     def parts(text, members):  # x < 2, x > 3 as the intervals of a union
         pieces = members if len(members) > 1 else split_top(unname(text)[1], "∪")
         return [i[3] if (i := interval(p)) else p for p in pieces]
@@ -479,12 +655,18 @@ def same_lists(g: str, a: str, gs: list[str], as_: list[str], depth: int) -> boo
 
 def unordered(gs: list[str], as_: list[str], depth: int, count: bool = False) -> bool:
     """Whether two lists are equal whatever their order: as sets, or (count) with every repetition."""
+
     def place(p, others, flip):
-        tests = (lambda q: squeeze(p) == squeeze(q), lambda q: same(*((q, p) if flip else (p, q)), depth + 1))  # the cheap one first
+        tests = (
+            lambda q: squeeze(p) == squeeze(q),
+            lambda q: same(*((q, p) if flip else (p, q)), depth + 1),
+        )  # the cheap one first
         return next((i for test in tests for i, q in enumerate(others) if test(q)), None)
 
     if not count:
-        return all(place(p, as_, False) is not None for p in gs) and all(place(q, gs, True) is not None for q in as_)
+        return all(place(p, as_, False) is not None for p in gs) and all(
+            place(q, gs, True) is not None for q in as_
+        )
     rest = list(as_)
     for p in gs:
         if (i := place(p, rest, False)) is None:
@@ -514,7 +696,11 @@ def interval(text: str) -> tuple[str, list[str], str, str] | None:
     if None in ops or any(op not in ("<", "\\le") for op in ops):
         return None
     if len(ops) == 1:
-        ends, ops = ((["-\\infty", *ends], ["<", *ops]) if is_name(ends[0]) else ([*ends, "\\infty"], [*ops, "<"]))
+        ends, ops = (
+            (["-\\infty", *ends], ["<", *ops])
+            if is_name(ends[0])
+            else ([*ends, "\\infty"], [*ops, "<"])
+        )
     if not is_name(ends[1]) or is_name(ends[0]) or is_name(ends[2]) or "|" in ends[1]:
         return None
     left, right = "(" if ops[0] == "<" else "[", ")" if ops[1] == "<" else "]"
@@ -523,7 +709,11 @@ def interval(text: str) -> tuple[str, list[str], str, str] | None:
 
 def matrix(text: str) -> list[list[str]] | None:
     """Rows of cells of a LaTeX matrix or system."""
-    m = re.fullmatch(r"[(\[]?\s*\\begin\{([pbB]?matrix|array|cases|smallmatrix)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}\s*[)\]]?", text.strip(), re.S)
+    m = re.fullmatch(
+        r"[(\[]?\s*\\begin\{([pbB]?matrix|array|cases|smallmatrix)\}(?:\{[clr|]*\})?(.*)\\end\{\1\}\s*[)\]]?",
+        text.strip(),
+        re.S,
+    )
     if not m or "\\begin" in m[2]:
         return None
     return [[c.strip() for c in row.split("&")] for row in m[2].split("¶") if row.strip()]
@@ -549,14 +739,22 @@ def relation(text: str) -> tuple[str, str] | None:
     return op, f"({left}) - ({right})"
 
 
-PYTHON_CALL = re.compile(r"(?<![\\a-zA-Z])(?:(?:np|numpy|math|cmath|sympy|sp|mpmath)\.)?(a(?:rc)?(?:sin|cos|tan)h?|sinh?|cosh?|tanh?|sec|csc|cot|sqrt|exp|log|ln|pi)(?![a-zA-Z])")
+PYTHON_CALL = re.compile(
+    r"(?<![\\a-zA-Z])(?:(?:np|numpy|math|cmath|sympy|sp|mpmath)\.)?(a(?:rc)?(?:sin|cos|tan)h?|sinh?|cosh?|tanh?|sec|csc|cot|sqrt|exp|log|ln|pi)(?![a-zA-Z])"
+)
 
 
 def to_latex(text: str) -> str:
     """What the parser reads: Python's spelling (np.arcsin(2/3), x**2, sqrt(2)) as LaTeX, degrees as radians."""
     text = text.replace("**", "^").replace("\\text", "").replace("±", "\\pm")
-    text = re.sub(r"(\d+(?:\.\d+)?|\w)\s*°", r"(\1 \\cdot \\frac{\\pi}{180})", text).replace("°", r" \cdot \frac{\pi}{180} ")
-    text = re.sub(r"\\(dot|ddot|hat|tilde|vec)\s*\{?\s*(\\?[A-Za-z]+)\s*\}?(?:_(\w|\{\w*\}))?", lambda m: f"{m[2]}_{{{m[1]}{(m[3] or '').strip('{}')}}}", text)
+    text = re.sub(r"(\d+(?:\.\d+)?|\w)\s*°", r"(\1 \\cdot \\frac{\\pi}{180})", text).replace(
+        "°", r" \cdot \frac{\pi}{180} "
+    )
+    text = re.sub(
+        r"\\(dot|ddot|hat|tilde|vec)\s*\{?\s*(\\?[A-Za-z]+)\s*\}?(?:_(\w|\{\w*\}))?",
+        lambda m: f"{m[2]}_{{{m[1]}{(m[3] or '').strip('{}')}}}",
+        text,
+    )
     text = PYTHON_CALL.sub(lambda m: "\\" + re.sub(r"^a(?!rc)", "arc", m[1]) + " ", text)
     for command in (r"\\sqrt", r"\^", "_"):  # a power's or root's parentheses are its argument
         at = 0
@@ -565,11 +763,25 @@ def to_latex(text: str) -> str:
             at = m.end()
             if end:
                 text = f"{text[: m.end() - 1]}{{{text[m.end() : end]}}}{text[end + 1 :]}"
-    text = re.sub(r"_\s*(?:\{\s*\\([a-zA-Z]+)\s*\}|\\([a-zA-Z]+)|(\d))", lambda m: f"_{{{m[1] or m[2] or m[3]}}}", text)
+    text = re.sub(
+        r"_\s*(?:\{\s*\\([a-zA-Z]+)\s*\}|\\([a-zA-Z]+)|(\d))",
+        lambda m: f"_{{{m[1] or m[2] or m[3]}}}",
+        text,
+    )
     text = re.sub(r"\^\s*(-?\d+(?:\.\d+)?)", r"^{\1}", text)
-    text = re.sub(r"(?<![A-Za-z\\])((?:\\[a-zA-Z]+|[A-Za-z])(?:_(?:\w|\{[^{}]*\}))?)('+|\^\{?(?:\\prime)+\}?)", prime, text)
-    text = re.sub(r"(?<![\w.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}", lambda m: f"({m[1]}+\\frac{{{m[2]}}}{{{m[3]}}})" if int(m[2]) < int(m[3]) else m[0], text)
-    text = re.sub(r"(?<=[\d)])\s*(?=\(|\\frac)|(?<=\))\s*(?=\d)", r" \\cdot ", text)  # else the parser adds: (3)(8) = 11
+    text = re.sub(
+        r"(?<![A-Za-z\\])((?:\\[a-zA-Z]+|[A-Za-z])(?:_(?:\w|\{[^{}]*\}))?)('+|\^\{?(?:\\prime)+\}?)",
+        prime,
+        text,
+    )
+    text = re.sub(
+        r"(?<![\w.])(\d+)\s*\\frac\{(\d+)\}\{(\d+)\}",
+        lambda m: f"({m[1]}+\\frac{{{m[2]}}}{{{m[3]}}})" if int(m[2]) < int(m[3]) else m[0],
+        text,
+    )
+    text = re.sub(
+        r"(?<=[\d)])\s*(?=\(|\\frac)|(?<=\))\s*(?=\d)", r" \\cdot ", text
+    )  # else the parser adds: (3)(8) = 11
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
     return re.sub(r"(?<![\d.])\.(?=\d)", "0.", text)
 
@@ -590,8 +802,17 @@ def parse(text: str):
         raise ValueError("two numbers side by side")  # the parser would add them
     if re.search(r"\d\^\d+\^\d+\^", re.sub(r"[{}\s]", "", text)):
         raise ValueError("a tower of powers has no value to compare")
-    has_i = re.search(r"(?<![A-Za-z\\])(?:i|\\imath)(?![A-Za-z])", re.sub(r"_(?:\w|\{[^{}]*\})|\\(?:sum|prod).*", "", text))
-    found = latex2sympy(text, is_real=not has_i, convert_degrees=False, normalization_config=None, conversion_config=ConversionConfig(lowercase_symbols=False))
+    has_i = re.search(
+        r"(?<![A-Za-z\\])(?:i|\\imath)(?![A-Za-z])",
+        re.sub(r"_(?:\w|\{[^{}]*\})|\\(?:sum|prod).*", "", text),
+    )
+    found = latex2sympy(
+        text,
+        is_real=not has_i,
+        convert_degrees=False,
+        normalization_config=None,
+        conversion_config=ConversionConfig(lowercase_symbols=False),
+    )
     if isinstance(found, sympy.Expr):
         found = found.xreplace({f: sympy.Rational(str(f)) for f in found.atoms(sympy.Float)})
         if has_i:
@@ -603,7 +824,11 @@ def same_scalar(g: str, a: str) -> bool:
     """Two expressions without top-level structure: numbers and formulas by sampling, the rest by math-verify."""
     import sympy
 
-    words = [re.fullmatch(r"(?:\\text\{)?[A-Za-z]+(?:[ '.,]{1,2}[A-Za-z]+)*\.?\}?", s) and re.search(r"[A-Za-z]{2}", s) for s in (g, a)]
+    words = [
+        re.fullmatch(r"(?:\\text\{)?[A-Za-z]+(?:[ '.,]{1,2}[A-Za-z]+)*\.?\}?", s)
+        and re.search(r"[A-Za-z]{2}", s)
+        for s in (g, a)
+    ]
     if any(words) and ("\\text" in g + a or max(len(g), len(a)) > 3 or g.isupper()):
         return same_text(g, a)
     try:
@@ -612,7 +837,11 @@ def same_scalar(g: str, a: str) -> bool:
         raise
     except Exception:  # the parser raises bare Exceptions: not a formula
         return False
-    if isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr) and not isinstance(x, sympy.MatrixBase):
+    if (
+        isinstance(x, sympy.Expr)
+        and isinstance(y, sympy.Expr)
+        and not isinstance(x, sympy.MatrixBase)
+    ):
         if not (x.has(sympy.nan, sympy.zoo) or y.has(sympy.nan, sympy.zoo)):
             return agree(x, y, number(g), number(a))
         return False
@@ -638,7 +867,12 @@ def agree(x, y, p: tuple | None = None, q: tuple | None = None) -> bool:
     whole = x.has(sympy.Sum, sympy.Product) or y.has(sympy.Sum, sympy.Product)
     rng, seen = random.Random(0), 0
     for i in range(24 if symbols else 1):
-        at = {s: sympy.Integer(rng.randint(2, 9)) if whole else sympy.Rational(rng.randint(-400 if i % 2 else 20, 400) or 1, 101) for s in symbols}
+        at = {
+            s: sympy.Integer(rng.randint(2, 9))
+            if whole
+            else sympy.Rational(rng.randint(-400 if i % 2 else 20, 400) or 1, 101)
+            for s in symbols
+        }
         u, v = x.xreplace(at).evalf(30), y.xreplace(at).evalf(30)
         if not (u.is_number and v.is_number and u.is_finite and v.is_finite):
             continue
@@ -649,8 +883,14 @@ def agree(x, y, p: tuple | None = None, q: tuple | None = None) -> bool:
         if gap > size * sympy.Float("1e-20", 30) + sympy.Float("1e-60", 30):
             decimal, exact = (p, v) if p and p[1] else (q, u)
             other = q if decimal is p else p
-            return bool(decimal and decimal[1] and not other and not symbols and exact.is_real
-                        and same_rounding(Fraction(str(exact)), *decimal))
+            return bool(
+                decimal
+                and decimal[1]
+                and not other
+                and not symbols
+                and exact.is_real
+                and same_rounding(Fraction(str(exact)), *decimal)
+            )
     return seen >= (4 if symbols else 1)
 
 
@@ -671,7 +911,9 @@ def same_relation(g: tuple[str, str], a: tuple[str, str]) -> bool:
             u, v = x.xreplace(at).evalf(30), y.xreplace(at).evalf(30)
             if u.is_real and v.is_real and u.is_finite and v.is_finite and v != 0 and u != 0:
                 ratios.append(u / v)
-        close = len(ratios) >= 4 and all(abs(r - ratios[0]) < abs(ratios[0]) * sympy.Float("1e-18", 30) for r in ratios)
+        close = len(ratios) >= 4 and all(
+            abs(r - ratios[0]) < abs(ratios[0]) * sympy.Float("1e-18", 30) for r in ratios
+        )
         return bool(close and (g[0] in ("=", "\\ne") or ratios[0] > 0))
     except (RecursionError, MemoryError):
         raise
@@ -692,7 +934,13 @@ class Grader:
     cache: a file that keeps verdicts between runs; it is dropped when this file has changed since.
     """
 
-    def __init__(self, cache: Path | None = None, workers: int = 2, seconds: float = 2.0, memory: int = 2 << 30):
+    def __init__(
+        self,
+        cache: Path | None = None,
+        workers: int = 2,
+        seconds: float = 2.0,
+        memory: int = 2 << 30,
+    ):
         self.seconds, self.memory, self.lock = seconds, memory, threading.Lock()
         self.known: dict[tuple[str, str], Future] = {}
         self.pool = ThreadPoolExecutor(workers)  # its threads only wait for workers
@@ -724,7 +972,9 @@ class Grader:
                 verdict = Verdict(False, "none")
             else:
                 equal = None
-                with contextlib.suppress(ValueError, ArithmeticError):  # nothing that a model writes may end a run
+                with contextlib.suppress(
+                    ValueError, ArithmeticError
+                ):  # nothing that a model writes may end a run
                     equal = quick(gold, answer)
                 verdict = Verdict(equal, "ok") if equal is not None else None
             self.known[key] = Future() if verdict else self.pool.submit(self._ask, gold, answer)
@@ -736,8 +986,20 @@ class Grader:
         return self.submit(gold, answer).result()
 
     def _start(self) -> subprocess.Popen:
-        command = [sys.executable, __file__, "--grading-worker", str(self.seconds), str(self.memory)]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        command = [
+            sys.executable,
+            __file__,
+            "--grading-worker",
+            str(self.seconds),
+            str(self.memory),
+        ]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         with self.lock:
             self.processes.add(process)
         return process
@@ -753,7 +1015,9 @@ class Grader:
         cause than the pair's own time is asked a second time, of a new worker: somebody else may have killed it, and others."""
         worker, status, lasting = self.workers.get(), "crashed", True
         try:
-            if worker and (not again or worker.poll() is not None):  # poll alone misses one that is being killed just now
+            if worker and (
+                not again or worker.poll() is not None
+            ):  # poll alone misses one that is being killed just now
                 self._end(worker)
                 worker = None
             worker = worker or self._start()
@@ -768,7 +1032,9 @@ class Grader:
             if reply:
                 verdict = Verdict(*json.loads(reply))
             else:
-                lasting = self._end(worker) == -signal.SIGPROF  # a crash or a stalled machine may pass: ask again next time
+                lasting = (
+                    self._end(worker) == -signal.SIGPROF
+                )  # a crash or a stalled machine may pass: ask again next time
                 status = "timeout" if lasting else status
                 verdict, worker = Verdict(False, status), None
         finally:
@@ -827,7 +1093,11 @@ def open_cache(path: Path, known: dict):
 def fallback_answer(text: str) -> str | None:
     """For texts without a box (--fallback): the last formula or number of what follows the last `answer is`, `answer:`
     or `####`, else of the last line that has one. A guess, and therefore off by default."""
-    said = re.findall(r"(?:answer(?:\s+is|\s*:)|####|^\s*A:)[\s:*]*(.+?)(?=\.?\s*(?:I hope|<\||\n|$))", text, re.M | re.I)
+    said = re.findall(
+        r"(?:answer(?:\s+is|\s*:)|####|^\s*A:)[\s:*]*(.+?)(?=\.?\s*(?:I hope|<\||\n|$))",
+        text,
+        re.M | re.I,
+    )
     formula = r"\$\$?([^$]*[\d\\][^$]*)\$\$?|\\[(\[]\s*(.*?[\d\\].*?)\s*\\[)\]]|(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?(?:\s*\\?%)?)"
     for part in [*said[-1:], *reversed(text.strip().splitlines())]:
         if found := re.findall(formula, part):
@@ -848,7 +1118,9 @@ def vote(answers: list[str | None], grader: Grader | None = None) -> Vote:
         for i, answer in enumerate(answers):
             if answer is None:
                 continue
-            home = next((c for c in clusters if c[0] == answer), None) or next((c for c in clusters if grader(c[0], answer).equal), None)
+            home = next((c for c in clusters if c[0] == answer), None) or next(
+                (c for c in clusters if grader(c[0], answer).equal), None
+            )
             if home is None:
                 clusters.append(home := (answer, []))
             home[1].append(i)
@@ -893,7 +1165,9 @@ def pass_at(n: int, c: int, k: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def interval_of(*series: list[float], statistic=lambda *means: means[0], resamples: int = 2000) -> tuple[float, float]:
+def interval_of(
+    *series: list[float], statistic=lambda *means: means[0], resamples: int = 2000
+) -> tuple[float, float]:
     """95 % percentile bootstrap interval of statistic(mean of each series); the series are resampled together."""
     import numpy as np
 
@@ -913,10 +1187,19 @@ CUT = ("max_tokens", "context", "max_calls")  # the trace was ended, it did not 
 
 def trace_row(trace: Trace) -> dict:
     """One line of traces.jsonl. Lengths in tokens; spans tile the text as [kind, characters]."""
-    return {"id": trace.problem.id, "sample": trace.sample, "answer": trace.answer, "finish": trace.finish,
-            "tokens": trace.sampled, "all_tokens": len(trace.ids), "box_tokens": trace.box_tokens,
-            "calls": [{"status": r.status, "seconds": round(r.seconds, 4)} for _, r in trace.calls],
-            "seconds": round(trace.seconds, 3), "text": trace.text, "spans": trace.spans}  # fmt: skip
+    return {
+        "id": trace.problem.id,
+        "sample": trace.sample,
+        "answer": trace.answer,
+        "finish": trace.finish,
+        "tokens": trace.sampled,
+        "all_tokens": len(trace.ids),
+        "box_tokens": trace.box_tokens,
+        "calls": [{"status": r.status, "seconds": round(r.seconds, 4)} for _, r in trace.calls],
+        "seconds": round(trace.seconds, 3),
+        "text": trace.text,
+        "spans": trace.spans,
+    }
 
 
 def read_traces(out: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
@@ -935,13 +1218,20 @@ def read_traces(out: Path, tell: bool = False) -> dict[tuple[str, int], dict]:
         if damaged and not good:
             raise UserError(f"{path}: no line is a trace; this file was not written by evaluate.py")
         if damaged and tell:
-            print(f"{path}: {damaged} damaged lines are left out, their traces are sampled again", file=sys.stderr)
+            print(
+                f"{path}: {damaged} damaged lines are left out, their traces are sampled again",
+                file=sys.stderr,
+            )
     return rows
 
 
 def write_json(path: Path, value, lines: bool = False) -> None:
     """Write a whole file or none of it."""
-    text = "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value) if lines else json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    text = (
+        "".join(json.dumps(v, ensure_ascii=False) + "\n" for v in value)
+        if lines
+        else json.dumps(value, ensure_ascii=False, indent=1) + "\n"
+    )
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
@@ -970,33 +1260,53 @@ def open_traces(out: Path, rank: int, stack: contextlib.ExitStack):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise UserError(f"another run is writing into {out}: wait for it, or give another --out") from None
+        raise UserError(
+            f"another run is writing into {out}: wait for it, or give another --out"
+        ) from None
     return file
 
 
-def open_run(out: Path, config: dict, problems: list[dict], rank: int = 0) -> dict[tuple[str, int], dict]:
+def open_run(
+    out: Path, config: dict, problems: list[dict], rank: int = 0
+) -> dict[tuple[str, int], dict]:
     """Create or continue a run's folder; returns the traces it already holds. A run may grow, by --n and --limit, and never
     shrinks. Raises UserError for other settings and for other problems under the same name."""
     file = out / "config.json"
-    while rank and not file.exists():  # the first rank writes it, and torchrun ends us if that one fails
+    while (
+        rank and not file.exists()
+    ):  # the first rank writes it, and torchrun ends us if that one fails
         time.sleep(0.1)
     if file.exists():
         try:
             old = json.loads(file.read_text())
             changed = differences(old["settings"], json.loads(json.dumps(config["settings"])))
-            there = {(row["dataset"], row["id"]): row for row in map(json.loads, (out / "problems.jsonl").read_bytes().splitlines())}
+            there = {
+                (row["dataset"], row["id"]): row
+                for row in map(json.loads, (out / "problems.jsonl").read_bytes().splitlines())
+            }
             config = {**config, "n": max(old["n"], config["n"]), "started": old["started"]}
         except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"{file} is not a run's configuration: give another folder with --out") from None
+            raise UserError(
+                f"{file} is not a run's configuration: give another folder with --out"
+            ) from None
         if changed:
-            raise UserError(f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out, or the old settings")
+            raise UserError(
+                f"{out} holds a run with other settings ({'; '.join(changed)}): give another --out, or the old settings"
+            )
         for name in {row["dataset"] for row in problems}:
-            ours, theirs = ({row["id"] for row in rows if row["dataset"] == name} for rows in (problems, there.values()))
+            ours, theirs = (
+                {row["id"] for row in rows if row["dataset"] == name}
+                for rows in (problems, there.values())
+            )
             if not (ours <= theirs or theirs <= ours):
-                raise UserError(f"{out} holds a run on other problems of the name {name}: give another --out")
+                raise UserError(
+                    f"{out} holds a run on other problems of the name {name}: give another --out"
+                )
         for row in problems:
             key = row["dataset"], row["id"]
-            there[key] = row if row["answer"] is not None else there.get(key, row)  # --no-grade forgets no gold answer
+            there[key] = (
+                row if row["answer"] is not None else there.get(key, row)
+            )  # --no-grade forgets no gold answer
         problems = list(there.values())
     elif any(path.stat().st_size for path in out.glob("traces*.jsonl")):
         raise UserError(f"{out} has traces but no config.json: give another folder with --out")
@@ -1010,15 +1320,20 @@ def load_run(folder: Path, fallback: bool = False) -> Run:
     """Read and grade a run's folder. Raises UserError when it is none."""
     try:
         config = json.loads((folder / "config.json").read_text())
-        problems = [json.loads(line) for line in (folder / "problems.jsonl").read_bytes().splitlines()]
+        problems = [
+            json.loads(line) for line in (folder / "problems.jsonl").read_bytes().splitlines()
+        ]
         n, name = config["n"], config["name"]
     except (OSError, ValueError, KeyError):
-        raise UserError(f"{folder} is not a run: it needs the config.json and problems.jsonl that evaluate.py --out writes") from None
+        raise UserError(
+            f"{folder} is not a run: it needs the config.json and problems.jsonl that evaluate.py --out writes"
+        ) from None
     traces: dict[str, list[dict]] = {}
     for (pid, _), row in sorted(read_traces(folder).items(), key=lambda item: item[0][1]):
         traces.setdefault(pid, []).append(row)
     writable = os.access(folder, os.W_OK)
     with Grader(folder / "grades.jsonl" if writable else None) as grader:
+
         def answer(row):
             prose = "".join(s for kind, s in pieces(row) if kind == "model") if fallback else ""
             return row["answer"] or fallback_answer(prose)
@@ -1030,7 +1345,9 @@ def load_run(folder: Path, fallback: bool = False) -> Run:
         datasets: dict[str, list[Graded]] = {}
         for p in problems:
             if rows := traces.get(p["id"]):
-                datasets.setdefault(p["dataset"], []).append(score(p, rows, [answer(r) for r in rows], grader))
+                datasets.setdefault(p["dataset"], []).append(
+                    score(p, rows, [answer(r) for r in rows], grader)
+                )
     missing = sum(max(0, n - len(traces.get(pid, ()))) for pid in {p["id"] for p in problems})
     return Run(folder, name, config, datasets, missing)
 
@@ -1048,8 +1365,17 @@ def score(problem: dict, rows: list[dict], answers: list[str | None], grader: Gr
     """Grade and vote one problem's traces. A cluster is right if its first member is."""
     gold = problem["answer"]
     verdicts = [grader(gold, a) if gold is not None else Verdict(False, "none") for a in answers]
-    clusters = [(a, count, at, verdicts[at[0]].equal) for a, count, at in vote(answers, grader).clusters]
-    return Graded(problem, rows, answers, verdicts, clusters, majority_at([(c, right) for _, c, _, right in clusters], len(rows)))
+    clusters = [
+        (a, count, at, verdicts[at[0]].equal) for a, count, at in vote(answers, grader).clusters
+    ]
+    return Graded(
+        problem,
+        rows,
+        answers,
+        verdicts,
+        clusters,
+        majority_at([(c, right) for _, c, _, right in clusters], len(rows)),
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -1082,7 +1408,12 @@ def tokens(values: list[float]) -> str:
 
 
 def share(counts: Counter, total: int) -> str:
-    return ", ".join(f"{name} {count} ({100 * count / total:.1f} %)" for name, count in counts.most_common()) or "none"
+    return (
+        ", ".join(
+            f"{name} {count} ({100 * count / total:.1f} %)" for name, count in counts.most_common()
+        )
+        or "none"
+    )
 
 
 def details(scored: list[Graded]) -> dict[str, str]:
@@ -1093,12 +1424,19 @@ def details(scored: list[Graded]) -> dict[str, str]:
     first_box = [r["box_tokens"] for r in rows if r["box_tokens"] is not None]
     calls = Counter(c["status"] for r in rows for c in r["calls"])
     failed = Counter({name: count for name, count in calls.items() if name != "ok"})
-    undecided = Counter(v.status for s in scored for v in s.verdicts if v.status not in ("ok", "none"))
+    undecided = Counter(
+        v.status for s in scored for v in s.verdicts if v.status not in ("ok", "none")
+    )
     graded = any(s.problem["answer"] is not None for s in scored)
     result = {"problems, traces": f"{len(scored)}, {len(rows)}"}
     if graded:
-        result |= {f"majority@{k}, %": percent(at_k(scored, k)), f"avg@{k}, %": percent([s.right / len(s.rows) for s in scored]),
-                   f"pass@{k}, %": percent([pass_at(len(s.rows), s.right, min(k, len(s.rows))) for s in scored])}  # fmt: skip
+        result |= {
+            f"majority@{k}, %": percent(at_k(scored, k)),
+            f"avg@{k}, %": percent([s.right / len(s.rows) for s in scored]),
+            f"pass@{k}, %": percent(
+                [pass_at(len(s.rows), s.right, min(k, len(s.rows))) for s in scored]
+            ),
+        }
     return result | {
         "model tokens": tokens(lengths(scored)),
         "all tokens (with outputs)": tokens(lengths(scored, "all_tokens")),
@@ -1118,7 +1456,12 @@ def details(scored: list[Graded]) -> dict[str, str]:
 def table(header: list[str], body: list[list[str]]) -> str:
     """A Markdown table; the first column is left-aligned."""
     lines = [header, [":--"] + ["--:"] * (len(header) - 1), *body]
-    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 GROUPS = ("level", "subject", "difficulty", "topic", "family")
@@ -1126,6 +1469,7 @@ GROUPS = ("level", "subject", "difficulty", "topic", "family")
 
 def breakdown(runs: list[Run], dataset: str, key: str) -> list[list[str]] | None:
     """Rows (value, problems, majority@n and mean length of each run); None where a column is missing or has too many values."""
+
     def value(s):
         v = s.problem["meta"].get(key)
         return topic_levels(v)[:2][-1] if key == "topic" and topic_levels(v) else v
@@ -1137,8 +1481,14 @@ def breakdown(runs: list[Run], dataset: str, key: str) -> list[list[str]] | None
                 groups.setdefault(value(s), [[] for _ in runs])[i].append(s)
     if not 1 < len(groups) <= 40:
         return None
-    return [[str(v), str(max(map(len, parts))), *(f"{100 * mean(at_k(p)):.1f} / {mean(lengths(p)):.0f}" if p else "" for p in parts)]
-            for v, parts in sorted(groups.items(), key=lambda item: (str(type(item[0])), item[0]))]  # fmt: skip
+    return [
+        [
+            str(v),
+            str(max(map(len, parts))),
+            *(f"{100 * mean(at_k(p)):.1f} / {mean(lengths(p)):.0f}" if p else "" for p in parts),
+        ]
+        for v, parts in sorted(groups.items(), key=lambda item: (str(type(item[0])), item[0]))
+    ]
 
 
 def compare(base: list[Graded], other: list[Graded]) -> tuple[str, str, int]:
@@ -1153,8 +1503,11 @@ def compare(base: list[Graded], other: list[Graded]) -> tuple[str, str, int]:
     change = lambda x, y: 100 * (y / x - 1)  # noqa: E731
     x, y = lengths(a), lengths(b)
     shorter, longer = interval_of(x, y, statistic=change)
-    return (f"{100 * mean(gains):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
-            f"{change(mean(x), mean(y)):+.1f} [{shorter:+.1f}, {longer:+.1f}]", len(ids))  # fmt: skip
+    return (
+        f"{100 * mean(gains):+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]",
+        f"{change(mean(x), mean(y)):+.1f} [{shorter:+.1f}, {longer:+.1f}]",
+        len(ids),
+    )
 
 
 def report(runs: list[Run]) -> str:
@@ -1162,32 +1515,86 @@ def report(runs: list[Run]) -> str:
     names = list(dict.fromkeys(name for run in runs for name in run.datasets))
     if not names:
         raise UserError("no traces yet: nothing to report")
-    ks = {name: max(len(s.rows) for run in runs for s in run.datasets.get(name, ())) for name in names}
+    ks = {
+        name: max(len(s.rows) for run in runs for s in run.datasets.get(name, ())) for name in names
+    }
     head = [c for name in names for c in (f"{name}: majority@{ks[name]}, %", "model tokens")]
-    body = [[run.name, *(c for name in names for c in (
-        (percent(at_k(run.datasets[name], ks[name])), tokens(lengths(run.datasets[name]))) if name in run.datasets else ("", "")))]
-        for run in runs]  # fmt: skip
-    text = "Mean with 95 % interval (bootstrap over problems). Length: tokens the model wrote, per trace.\n\n" + table(["", *head], body)
+    body = [
+        [
+            run.name,
+            *(
+                c
+                for name in names
+                for c in (
+                    (
+                        percent(at_k(run.datasets[name], ks[name])),
+                        tokens(lengths(run.datasets[name])),
+                    )
+                    if name in run.datasets
+                    else ("", "")
+                )
+            ),
+        ]
+        for run in runs
+    ]
+    text = (
+        "Mean with 95 % interval (bootstrap over problems). Length: tokens the model wrote, per trace.\n\n"
+        + table(["", *head], body)
+    )
     rules = {run.config["settings"]["sampling"].get("end_at") for run in runs}
     notes = [f"{run.name}: {run.missing} traces are still missing" for run in runs if run.missing]
-    notes += ["the runs end their traces by different rules (--end-at): lengths are not comparable"] if len(rules) > 1 else []
+    notes += (
+        ["the runs end their traces by different rules (--end-at): lengths are not comparable"]
+        if len(rules) > 1
+        else []
+    )
     text += "".join(f"\nNote: {note}.\n" for note in notes)
     if len(runs) > 1:
         head = [c for name in names for c in (f"{name}: points", "length, %", "problems")]
-        body = [[run.name, *(c for name in names for c in compare(runs[0].datasets.get(name, []), run.datasets.get(name, [])))] for run in runs[1:]]
-        text += f"\n## Difference from {runs[0].name}, on the same problems\n\n" + table(["", *head], body)
+        body = [
+            [
+                run.name,
+                *(
+                    c
+                    for name in names
+                    for c in compare(runs[0].datasets.get(name, []), run.datasets.get(name, []))
+                ),
+            ]
+            for run in runs[1:]
+        ]
+        text += f"\n## Difference from {runs[0].name}, on the same problems\n\n" + table(
+            ["", *head], body
+        )
     for name in names:
         here = [run for run in runs if name in run.datasets]
         columns = [details(run.datasets[name]) for run in here]
         keys = list(dict.fromkeys(key for column in columns for key in column))
-        text += f"\n## {name}\n\n" + table(["", *(run.name for run in here)], [[key, *(c.get(key, "") for c in columns)] for key in keys])
+        text += f"\n## {name}\n\n" + table(
+            ["", *(run.name for run in here)],
+            [[key, *(c.get(key, "") for c in columns)] for key in keys],
+        )
         powers = sorted({2**i for i in range(20) if 2**i < ks[name]} | {ks[name]})
-        body = [[str(k), *(f"{100 * mean(at_k(s, k)):.1f} / {100 * mean(pass_at(len(p.rows), p.right, min(k, len(p.rows))) for p in s):.1f}"
-                 for s in (run.datasets[name] for run in here))] for k in powers]  # fmt: skip
+        body = [
+            [
+                str(k),
+                *(
+                    f"{100 * mean(at_k(s, k)):.1f} / {100 * mean(pass_at(len(p.rows), p.right, min(k, len(p.rows))) for p in s):.1f}"
+                    for s in (run.datasets[name] for run in here)
+                ),
+            ]
+            for k in powers
+        ]
         text += "\n" + table(["k", *(f"{run.name}: majority@k / pass@k" for run in here)], body)
         for key in GROUPS:
             if rows := breakdown(here, name, key):
-                text += "\n" + table([key, "problems", *(f"{run.name}: majority@{ks[name]} / tokens" for run in here)], rows)
+                text += "\n" + table(
+                    [
+                        key,
+                        "problems",
+                        *(f"{run.name}: majority@{ks[name]} / tokens" for run in here),
+                    ],
+                    rows,
+                )
     return text
 
 
@@ -1203,12 +1610,24 @@ class Meter:
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
         self.console = Console(stderr=True)
-        self.start, self.line_at, self.tokens, self.total, self.done = time.monotonic(), time.monotonic(), 0, total, done
+        self.start, self.line_at, self.tokens, self.total, self.done = (
+            time.monotonic(),
+            time.monotonic(),
+            0,
+            total,
+            done,
+        )
         self.first = done
         self.waiting: list[Future] = []
         self.right: list[bool] = []
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} traces"),
-                            TimeRemainingColumn(), console=self.console, disable=not self.console.is_terminal)  # fmt: skip
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} traces"),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
         self.task = self.bar.add_task("starting", total=total, completed=done)
 
     def add(self, sampled: int, verdict: Future | None) -> None:
@@ -1224,49 +1643,110 @@ class Meter:
         text = f"avg@1 {100 * mean(self.right):.1f} %  " if self.right else ""
         text += f"{self.tokens / max(0.1, seconds):.0f} tok/s"
         self.bar.update(self.task, completed=self.done, description=text)
-        if not self.console.is_terminal and (time.monotonic() - self.line_at > 30 or self.done == self.total):
+        if not self.console.is_terminal and (
+            time.monotonic() - self.line_at > 30 or self.done == self.total
+        ):
             self.line_at = time.monotonic()
             left = seconds / max(1, self.done - self.first) * (self.total - self.done)
-            print(f"{text}  {self.done}/{self.total} traces, about {left / 60:.0f} min left", file=sys.stderr, flush=True)
+            print(
+                f"{text}  {self.done}/{self.total} traces, about {left / 60:.0f} min left",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def small_meta(meta: dict) -> dict:
     """The columns worth keeping beside a problem: short ones."""
-    return {k: v for k, v in meta.items() if isinstance(v, (str, int, float)) and len(str(v)) <= 120}
+    return {
+        k: v for k, v in meta.items() if isinstance(v, (str, int, float)) and len(str(v)) <= 120
+    }
 
 
 def adapter_digest(folder: str | None) -> str | None:
     """A hash of an adapter's weights: the same folder may hold another adapter tomorrow."""
     files = sorted(Path(folder).glob("adapter_model.*")) if folder and Path(folder).is_dir() else []
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16] if files else None
+    return (
+        hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:16] if files else None
+    )
 
 
 def run(args) -> int:
     """Sample what is missing in the run's folder, then print its report."""
     rank, ranks = take_rank()  # before anything can import torch
     sampling = asdict(settings_from(args))  # a wrong flag ends here, before anything is loaded
-    names = {name: Path(name).stem if name.endswith((".jsonl", ".json", ".csv", ".parquet")) else name for name in args.dataset.split(",") if name}
+    names = {
+        name: Path(name).stem if name.endswith((".jsonl", ".json", ".csv", ".parquet")) else name
+        for name in args.dataset.split(",")
+        if name
+    }
     if len(set(names.values())) < len(names):
-        raise UserError(f"--dataset {args.dataset}: two files have the same name; rename one, it is the set's name in the report")
-    loaded = {short: load_from_flags(args, name, need_answer=not args.no_grade) for name, short in names.items()}
-    rows = [{"dataset": name, "id": p.id, "question": p.question, "answer": None if args.no_grade else p.answer, "meta": small_meta(p.meta)}
-            for name, problems in loaded.items() for p in problems]  # fmt: skip
+        raise UserError(
+            f"--dataset {args.dataset}: two files have the same name; rename one, it is the set's name in the report"
+        )
+    loaded = {
+        short: load_from_flags(args, name, need_answer=not args.no_grade)
+        for name, short in names.items()
+    }
+    rows = [
+        {
+            "dataset": name,
+            "id": p.id,
+            "question": p.question,
+            "answer": None if args.no_grade else p.answer,
+            "meta": small_meta(p.meta),
+        }
+        for name, problems in loaded.items()
+        for p in problems
+    ]
     problems: dict[str, Problem] = {p.id: p for ps in loaded.values() for p in ps}
-    out = Path(args.out or "-".join(["runs/" + "-".join(loaded), Path(args.model).name, *["baseline"] * args.no_agent])).absolute()
+    out = Path(
+        args.out
+        or "-".join(
+            ["runs/" + "-".join(loaded), Path(args.model).name, *["baseline"] * args.no_agent]
+        )
+    ).absolute()
     lora = chosen_lora(args.model, args.lora)
-    chosen = {key: getattr(args, key) for key in ("config", "split", "question_key", "answer_key", "where", "shuffle")}
-    settings = {"model": args.model, "lora_sha256": adapter_digest(lora), "sampling": sampling, "datasets": list(loaded), **chosen}
-    config = {"name": args.name or out.name, "n": args.n, "lora": lora, "settings": settings,
-              "started": time.strftime("%Y-%m-%d %H:%M:%S %z"), "machine": f"{os.uname().nodename}, {os.cpu_count()} cores"}  # fmt: skip
+    chosen = {
+        key: getattr(args, key)
+        for key in ("config", "split", "question_key", "answer_key", "where", "shuffle")
+    }
+    settings = {
+        "model": args.model,
+        "lora_sha256": adapter_digest(lora),
+        "sampling": sampling,
+        "datasets": list(loaded),
+        **chosen,
+    }
+    config = {
+        "name": args.name or out.name,
+        "n": args.n,
+        "lora": lora,
+        "settings": settings,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "machine": f"{os.uname().nodename}, {os.cpu_count()} cores",
+    }
     with contextlib.ExitStack() as stack:
         file = open_traces(out, rank, stack)
         done = open_run(out, config, rows, rank)
         # A rank's share goes by place, not by what is missing: ranks may look into the folder at different moments.
         # All problems' first traces come before the second ones: those find their prompt in the engine's cache.
         every = [(p, i) for i in range(args.n) for p in problems.values()]
-        jobs = [(p, i) for place, (p, i) in enumerate(every) if place % ranks == rank and (p.id, i) not in done]
+        jobs = [
+            (p, i)
+            for place, (p, i) in enumerate(every)
+            if place % ranks == rank and (p.id, i) not in done
+        ]
         if jobs:
-            sample(args, out, file, None if rank or args.no_grade else out / "grades.jsonl", problems, jobs, done, stack)
+            sample(
+                args,
+                out,
+                file,
+                None if rank or args.no_grade else out / "grades.jsonl",
+                problems,
+                jobs,
+                done,
+                stack,
+            )
     if rank:
         return 0
     while ranks > 1:  # torchrun ends us if a rank fails
@@ -1275,20 +1755,46 @@ def run(args) -> int:
             break
         time.sleep(1 + 10 * (time.monotonic() - started))
     finished = load_run(out, args.fallback)
-    write_json(out / "results.json", [{"id": s.problem["id"], "dataset": name, "gold": s.problem["answer"], "majority": s.majority, "answers": s.answers,
-               "correct": [v.equal for v in s.verdicts], "status": [v.status for v in s.verdicts]}
-               for name, scored in finished.datasets.items() for s in scored])  # fmt: skip
+    write_json(
+        out / "results.json",
+        [
+            {
+                "id": s.problem["id"],
+                "dataset": name,
+                "gold": s.problem["answer"],
+                "majority": s.majority,
+                "answers": s.answers,
+                "correct": [v.equal for v in s.verdicts],
+                "status": [v.status for v in s.verdicts],
+            }
+            for name, scored in finished.datasets.items()
+            for s in scored
+        ],
+    )
     print(report([finished]))
     return 0
 
 
-def sample(args, out: Path, file, grades: Path | None, problems: dict[str, Problem], jobs: list[tuple[Problem, int]], done: dict, stack) -> None:
+def sample(
+    args,
+    out: Path,
+    file,
+    grades: Path | None,
+    problems: dict[str, Problem],
+    jobs: list[tuple[Problem, int]],
+    done: dict,
+    stack,
+) -> None:
     """Sample the missing traces, one line each in `file` the moment it ends; where `grades` is given, grading goes on beside it."""
     path = Path(file.name)
     whole = path.read_bytes().rfind(b"\n") + 1
     if whole < path.stat().st_size:
         os.truncate(path, whole)  # a line that a kill cut in two
-    print(f"{out}: {len(jobs)} traces to sample" + (f", {len(done)} are there" if done else ""), file=sys.stderr, flush=True)
+    print(
+        f"{out}: {len(jobs)} traces to sample" + (f", {len(done)} are there" if done else ""),
+        file=sys.stderr,
+        flush=True,
+    )
     there = sum(pid in problems for pid, _ in done)
     agent = stack.enter_context(open_agent(args, list(problems.values())))
     grader = stack.enter_context(Grader(grades)) if grades else None
@@ -1299,10 +1805,16 @@ def sample(args, out: Path, file, grades: Path | None, problems: dict[str, Probl
             file.write(json.dumps(trace_row(trace), ensure_ascii=False) + "\n")
             file.flush()
             gold = trace.problem.answer
-            meter.add(trace.sampled, grader.submit(gold, trace.answer) if grader and gold is not None else None)
+            meter.add(
+                trace.sampled,
+                grader.submit(gold, trace.answer) if grader and gold is not None else None,
+            )
     except KeyboardInterrupt:
         meter.bar.stop()
-        print(f"\nstopped: {meter.done} of {meter.total} traces are in {out}; the same command goes on from there", file=sys.stderr)
+        print(
+            f"\nstopped: {meter.done} of {meter.total} traces are in {out}; the same command goes on from there",
+            file=sys.stderr,
+        )
         raise
 
 
@@ -1311,26 +1823,57 @@ def grade_file(path: Path, out: Path | None, fallback: bool) -> None:
     if not path.is_file():
         raise UserError(f"--grade {path}: no such file")
     rows = []
-    for i, line in enumerate(path.read_bytes().split(b"\n"), 1):  # not splitlines of a text: U+2028 is no end of a line
+    for i, line in enumerate(
+        path.read_bytes().split(b"\n"), 1
+    ):  # not splitlines of a text: U+2028 is no end of a line
         if line.strip():
             try:
                 row = json.loads(line)
-                rows.append((row, str(row["gold"] if row.get("gold") is not None else row["answer"]), str(row["text"])))
+                rows.append(
+                    (
+                        row,
+                        str(row["gold"] if row.get("gold") is not None else row["answer"]),
+                        str(row["text"]),
+                    )
+                )
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                reason = f"has no column {error}" if isinstance(error, KeyError) else "is not a JSON object"
-                raise UserError(f"{path}: line {i} {reason}; a row needs `text`, and `gold` or `answer`") from None
+                reason = (
+                    f"has no column {error}"
+                    if isinstance(error, KeyError)
+                    else "is not a JSON object"
+                )
+                raise UserError(
+                    f"{path}: line {i} {reason}; a row needs `text`, and `gold` or `answer`"
+                ) from None
     if not rows:
         raise UserError(f"{path}: no rows")
-    written = re.compile(r"```(?:output|python|py).*?(?:```|\Z)|<tool_call>.*?(?:</tool_call>|\Z)", re.S)  # tools' text is not the model's answer
+    written = re.compile(
+        r"```(?:output|python|py).*?(?:```|\Z)|<tool_call>.*?(?:</tool_call>|\Z)", re.S
+    )  # tools' text is not the model's answer
     out = out or path.with_suffix(".graded.jsonl")
     with Grader() as grader:
-        found = [extract_answer(prose := written.sub("", text)) or (fallback_answer(prose) if fallback else None) for _, _, text in rows]
-        futures = [grader.submit(gold, answer) for (_, gold, _), answer in zip(rows, found, strict=True)]
+        found = [
+            extract_answer(prose := written.sub("", text))
+            or (fallback_answer(prose) if fallback else None)
+            for _, _, text in rows
+        ]
+        futures = [
+            grader.submit(gold, answer) for (_, gold, _), answer in zip(rows, found, strict=True)
+        ]
         verdicts = [f.result() for f in futures]
-    write_json(out, [{**row, "extracted": a, "correct": v.equal, "grading": v.status} for (row, _, _), a, v in zip(rows, found, verdicts, strict=True)], lines=True)
+    write_json(
+        out,
+        [
+            {**row, "extracted": a, "correct": v.equal, "grading": v.status}
+            for (row, _, _), a, v in zip(rows, found, verdicts, strict=True)
+        ],
+        lines=True,
+    )
     counts = Counter(v.status for v in verdicts if v.status not in ("ok", "none"))
-    print(f"{sum(v.equal for v in verdicts)} of {len(rows)} right, {percent([float(v.equal) for v in verdicts])} %; "
-          f"{found.count(None)} without an answer; could not be compared: {share(counts, len(rows))}\nwritten: {out}")  # fmt: skip
+    print(
+        f"{sum(v.equal for v in verdicts)} of {len(rows)} right, {percent([float(v.equal) for v in verdicts])} %; "
+        f"{found.count(None)} without an answer; could not be compared: {share(counts, len(rows))}\nwritten: {out}"
+    )
 
 
 def ablation(args, argv: list[str]) -> None:
@@ -1342,14 +1885,31 @@ def ablation(args, argv: list[str]) -> None:
         own.add_argument(flag, action="store_true")
     _, rest = own.parse_known_args(argv)
     lora = chosen_lora(args.model, args.lora)
-    base, tuned = args.base_model or args.model, (args.model, lora) if lora or args.base_model else None
+    base, tuned = (
+        args.base_model or args.model,
+        (args.model, lora) if lora or args.base_model else None,
+    )
     out = Path(args.out or "runs/ablation")
-    plan = [("Baseline", (base, None), True), ("+ GRPO", tuned, True), ("+ Agent", (base, None), False), ("DeepMath", tuned, False)]
+    plan = [
+        ("Baseline", (base, None), True),
+        ("+ GRPO", tuned, True),
+        ("+ Agent", (base, None), False),
+        ("DeepMath", tuned, False),
+    ]
     folders = []
     for name, weights, plain in plan:
         if weights:
             folders.append(out / name.lower().replace("+ ", "").replace(" ", "-"))
-            command = [sys.executable, __file__, *rest, "--name", name, "--out", str(folders[-1]), *["--no-agent"] * plain]
+            command = [
+                sys.executable,
+                __file__,
+                *rest,
+                "--name",
+                name,
+                "--out",
+                str(folders[-1]),
+                *["--no-agent"] * plain,
+            ]
             command += ["--model", weights[0], "--lora", weights[1] or "none"]
             print(f"\n{name}: {' '.join(command[1:])}", file=sys.stderr, flush=True)
             if code := subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
@@ -1360,20 +1920,54 @@ def ablation(args, argv: list[str]) -> None:
 def main() -> int:
     if sys.argv[1:2] == ["--grading-worker"]:
         return grading_worker(float(sys.argv[2]), int(sys.argv[3])) or 0
-    parser = Parser(description="Evaluate a model on benchmarks: accuracy by majority vote, lengths, calls.", allow_abbrev=False)
+    parser = Parser(
+        description="Evaluate a model on benchmarks: accuracy by majority vote, lengths, calls.",
+        allow_abbrev=False,
+    )
     # What to do
     group = parser.add_argument_group("what to do instead of a run")
-    group.add_argument("--report", nargs="+", type=Path, metavar="RUN", help="print a Markdown report of finished or unfinished runs; no model needed")
-    group.add_argument("--grade", type=Path, metavar="FILE.jsonl", help="grade rows made elsewhere (`gold` or `answer`, and `text`)")
-    group.add_argument("--ablation", action="store_true", help="Baseline, + GRPO, + Agent, DeepMath one after another; without an adapter or --base-model the second and fourth are left out")
+    group.add_argument(
+        "--report",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="print a Markdown report of finished or unfinished runs; no model needed",
+    )
+    group.add_argument(
+        "--grade",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="grade rows made elsewhere (`gold` or `answer`, and `text`)",
+    )
+    group.add_argument(
+        "--ablation",
+        action="store_true",
+        help="Baseline, + GRPO, + Agent, DeepMath one after another; without an adapter or --base-model the second and fourth are left out",
+    )
     # The run
     group = parser.add_argument_group("run")
-    group.add_argument("--n", type=int, default=16, metavar="N", help="traces per problem (default: %(default)s)")
-    group.add_argument("--out", metavar="DIR", help="the run's folder, or --grade's output file (default: runs/ and the settings' names)")
+    group.add_argument(
+        "--n", type=int, default=16, metavar="N", help="traces per problem (default: %(default)s)"
+    )
+    group.add_argument(
+        "--out",
+        metavar="DIR",
+        help="the run's folder, or --grade's output file (default: runs/ and the settings' names)",
+    )
     group.add_argument("--name", help="the run's name in reports (default: its folder's)")
-    group.add_argument("--fallback", action="store_true", help="where no box is found, guess the answer from the text's end")
-    group.add_argument("--no-grade", action="store_true", help="generate only: the rows need no gold answer")
-    group.add_argument("--base-model", metavar="ID|DIR", help="--ablation: the model before training, where --model is a fully tuned one")
+    group.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where no box is found, guess the answer from the text's end",
+    )
+    group.add_argument(
+        "--no-grade", action="store_true", help="generate only: the rows need no gold answer"
+    )
+    group.add_argument(
+        "--base-model",
+        metavar="ID|DIR",
+        help="--ablation: the model before training, where --model is a fully tuned one",
+    )
     add_data_flags(parser)
     add_model_flags(parser)
     args = parser.parse_args()

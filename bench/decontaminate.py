@@ -31,18 +31,28 @@ from data import arithmetic, load, run_main  # noqa: E402
 
 
 def other_numbers(rng, text: str) -> str:
-    return re.sub(r"\d+", lambda m: str(rng.randint(10 ** (len(m[0]) - 1), 10 ** len(m[0]) - 1)), text)
+    return re.sub(
+        r"\d+", lambda m: str(rng.randint(10 ** (len(m[0]) - 1), 10 ** len(m[0]) - 1)), text
+    )
 
 
 def markup(rng, text: str) -> str:
-    text = text.replace(r"\frac", rng.choice([r"\dfrac", r"\tfrac"])).replace("(", rng.choice(["(", r"\left("])).replace(")", rng.choice([")", r"\right) "]))
+    text = (
+        text.replace(r"\frac", rng.choice([r"\dfrac", r"\tfrac"]))
+        .replace("(", rng.choice(["(", r"\left("]))
+        .replace(")", rng.choice([")", r"\right) "]))
+    )
     text = re.sub(r"\$([^$]+)\$", r"\\( \1 \\)", text)
     text = re.sub(r"([=+<>-])", r" \1 ", text) if rng.random() < 0.5 else text
     return text.upper() if rng.random() < 0.1 and "\\" not in text else text.replace(", ", " , ")
 
 
 def reworded(rng, text: str, share: float, vocabulary: list[str]) -> str:
-    return re.sub(r"(?<![\\\w])[A-Za-z]{4,}(?!\w)", lambda m: rng.choice(vocabulary) if rng.random() < share else m[0], text)
+    return re.sub(
+        r"(?<![\\\w])[A-Za-z]{4,}(?!\w)",
+        lambda m: rng.choice(vocabulary) if rng.random() < share else m[0],
+        text,
+    )
 
 
 def main() -> None:
@@ -53,10 +63,19 @@ def main() -> None:
     args = parser.parse_args()
     rng = random.Random(0)
     bench = [p.question for path in args.benchmarks for p in load(str(path), need_answer=False)]
-    own = [p.question for p in arithmetic("train", 5000)] + ([p.question for p in load(str(args.train), need_answer=False)] if args.train else [])
+    own = [p.question for p in arithmetic("train", 5000)] + (
+        [p.question for p in load(str(args.train), need_answer=False)] if args.train else []
+    )
     vocabulary = sorted({w for q in bench for w in re.findall(r"(?<![\\\w])[A-Za-z]{4,}(?!\w)", q)})
-    changes = {"markup": lambda q: markup(rng, q), "quoted": lambda q: f"This one is from an old exam. {q} Show all of your work, and say which theorems you use."}
-    changes |= {f"words {n} %": lambda q, n=n: reworded(rng, q, n / 100, vocabulary) for n in (20, 40, 60)}
+    changes = {
+        "markup": lambda q: markup(rng, q),
+        "quoted": lambda q: (
+            f"This one is from an old exam. {q} Show all of your work, and say which theorems you use."
+        ),
+    }
+    changes |= {
+        f"words {n} %": lambda q, n=n: reworded(rng, q, n / 100, vocabulary) for n in (20, 40, 60)
+    }
     planted = {}
     for i, question in enumerate(rng.sample(bench, min(500, len(bench)))):
         name = list(changes)[i % len(changes)]
@@ -71,18 +90,36 @@ def main() -> None:
         train, clean = Path(folder) / "train.jsonl", Path(folder) / "clean.jsonl"
         train.write_text("".join(json.dumps({"problem": q, "answer": "1"}) + "\n" for q in rows))
         began = time.monotonic()
-        subprocess.run([sys.executable, str(ROOT / "extras" / "decontaminate.py"), "--dataset", str(train), "--against", ",".join(map(str, args.benchmarks)),
-                        "--out", str(clean)], check=True)  # fmt: skip
+        subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "extras" / "decontaminate.py"),
+                "--dataset",
+                str(train),
+                "--against",
+                ",".join(map(str, args.benchmarks)),
+                "--out",
+                str(clean),
+            ],
+            check=True,
+        )
         seconds = time.monotonic() - began
-        removed = [json.loads(line) for line in clean.with_suffix(".removed.jsonl").read_text().splitlines()]
+        removed = [
+            json.loads(line)
+            for line in clean.with_suffix(".removed.jsonl").read_text().splitlines()
+        ]
     found = {r["question"]: r["test"] for r in removed}
     print(f"{len(rows)} problems against {len(bench)}: {seconds:.0f} s")
     for name in changes:
         copies = [q for q, n in planted.items() if n == name]
         tests = Counter(found[q] for q in copies if q in found)
-        print(f"{name:12s} {100 * sum(tests.values()) / max(1, len(copies)):5.1f} % of {len(copies)} found  {dict(tests)}")
+        print(
+            f"{name:12s} {100 * sum(tests.values()) / max(1, len(copies)):5.1f} % of {len(copies)} found  {dict(tests)}"
+        )
     others = [r for r in removed if r["question"] not in planted]
-    print(f"others removed: {len(others)} of {len(rows) - len(planted)} ({dict(Counter(r['test'] for r in others))})")
+    print(
+        f"others removed: {len(others)} of {len(rows) - len(planted)} ({dict(Counter(r['test'] for r in others))})"
+    )
     for r in rng.sample(others, min(8, len(others))):
         print(f"  {r['test']} {r['value']}: {r['question'][:90]!r} ~ {r['match'][:90]!r}")
 

@@ -29,7 +29,12 @@ from evaluate import Grader, load_run  # noqa: E402
 def pairs_of(path: Path) -> list[tuple[str, str]]:
     """(gold, answer) pairs of a file or a run, in order; what has no answer is left out."""
     if path.is_dir():
-        rows = [(s.problem["answer"], a) for problems in load_run(path, False).datasets.values() for s in problems for a in s.answers]
+        rows = [
+            (s.problem["answer"], a)
+            for problems in load_run(path, False).datasets.values()
+            for s in problems
+            for a in s.answers
+        ]
     else:
         rows = []
         for line in path.read_bytes().splitlines():
@@ -40,7 +45,9 @@ def pairs_of(path: Path) -> list[tuple[str, str]]:
 
 def ours(pairs, workers: int) -> tuple[float, list[bool]]:
     with Grader(workers=workers) as grader:
-        grader("x + 1", "1 + x")  # the first pair that needs a worker waits for its imports: a second, once a run
+        grader(
+            "x + 1", "1 + x"
+        )  # the first pair that needs a worker waits for its imports: a second, once a run
         for future in [grader.submit(f"y + {i}", f"{i} + y") for i in range(2 * workers)]:
             future.result()
         started = time.perf_counter()
@@ -67,25 +74,54 @@ def math_verify_alone(pairs) -> tuple[float, list[bool], int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Answers graded per second, beside math-verify alone.")
+    parser = argparse.ArgumentParser(
+        description="Answers graded per second, beside math-verify alone."
+    )
     parser.add_argument("files", nargs="*", type=Path, metavar="FILE|RUN")
-    parser.add_argument("--limit", type=int, default=10_000, help="answers in all, one file after another (default: %(default)s)")
+    parser.add_argument(
+        "--limit",
+        type=int,
+        default=10_000,
+        help="answers in all, one file after another (default: %(default)s)",
+    )
     parser.add_argument("--workers", type=int, default=2, help="(default: 2)")
     args = parser.parse_args()
-    files = args.files or [ROOT / "tests" / "grader_cases.jsonl", *sorted(p.parent for p in (ROOT / "runs").glob("**/problems.jsonl"))]
+    files = args.files or [
+        ROOT / "tests" / "grader_cases.jsonl",
+        *sorted(p.parent for p in (ROOT / "runs").glob("**/problems.jsonl")),
+    ]
     sources = {str(path): pairs_of(path) for path in files}
     everything = [pair for pairs in sources.values() for pair in pairs]
     if len(everything) > args.limit:
         everything = random.Random(0).sample(everything, args.limit)
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     print(f"{date.today()}, {os.cpu_count()} cores ({cpu})\n")
-    print("| answers | different pairs | ours, answers/s | math-verify, answers/s | ours is faster | verdicts that differ | over 2 s in math-verify |\n|---|" + "--:|" * 6)
-    for name, pairs in {f"all {len(everything)}": everything, "the different pairs": list(dict.fromkeys(everything))}.items():
+    print(
+        "| answers | different pairs | ours, answers/s | math-verify, answers/s | ours is faster | verdicts that differ | over 2 s in math-verify |\n|---|"
+        + "--:|" * 6
+    )
+    for name, pairs in {
+        f"all {len(everything)}": everything,
+        "the different pairs": list(dict.fromkeys(everything)),
+    }.items():
         seconds, verdicts = ours(pairs, args.workers)
         slow, theirs, late = math_verify_alone(pairs)
-        print(f"| {name} | {len(set(pairs))} | {len(pairs) / seconds:.0f} | {len(pairs) / slow:.0f} | {slow / seconds:.1f} x | "
-              f"{sum(a != b for a, b in zip(verdicts, theirs, strict=True))} | {late} |", flush=True)  # fmt: skip
-    print("\nfrom: " + ", ".join(f"{Path(name).name} ({len(pairs)})" for name, pairs in sources.items()))
+        print(
+            f"| {name} | {len(set(pairs))} | {len(pairs) / seconds:.0f} | {len(pairs) / slow:.0f} | {slow / seconds:.1f} x | "
+            f"{sum(a != b for a, b in zip(verdicts, theirs, strict=True))} | {late} |",
+            flush=True,
+        )
+    print(
+        "\nfrom: "
+        + ", ".join(f"{Path(name).name} ({len(pairs)})" for name, pairs in sources.items())
+    )
     return 0
 
 

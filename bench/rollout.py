@@ -31,13 +31,21 @@ from datetime import date
 from pathlib import Path
 
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != HERE), str(HERE / ".packages")]
+sys.path[:] = [
+    str(ROOT),
+    *(path for path in sys.path if Path(path or ".").resolve() != HERE),
+    str(HERE / ".packages"),
+]
 
 from agent import add_model_flags, has_cuda, open_agent, prepare_environment, resolve_model  # noqa: E402
 from data import arithmetic, run_main  # noqa: E402
 from sandbox import ALLOWED, Result, Session  # noqa: E402
 
-EXTRA = {"none": "", "compute": "sum(range(150_000_000))\n", "wait": "import statistics\nstatistics.sys.modules['time'].sleep(2)\n"}
+EXTRA = {
+    "none": "",
+    "compute": "sum(range(150_000_000))\n",
+    "wait": "import statistics\nstatistics.sys.modules['time'].sleep(2)\n",
+}
 PUBLISHED_EXTRA = {**EXTRA, "wait": "import time\ntime.sleep(2)\n"}
 
 
@@ -130,12 +138,18 @@ def one_at_a_time(agent, jobs, extra: str):
                 trace.finish = trace.finish or move
                 break
             mine, theirs = multiprocessing.Pipe()
-            process = multiprocessing.get_context("fork").Process(target=interpret, args=(slowed(agent_code(trace), extra), theirs))
+            process = multiprocessing.get_context("fork").Process(
+                target=interpret, args=(slowed(agent_code(trace), extra), theirs)
+            )
             started = time.monotonic()
             process.start()
             theirs.close()
             try:
-                status, output = mine.recv() if mine.poll(agent.settings.snippet_seconds) else ("timeout", "TimeoutError")
+                status, output = (
+                    mine.recv()
+                    if mine.poll(agent.settings.snippet_seconds)
+                    else ("timeout", "TimeoutError")
+                )
             except EOFError:
                 status, output = "crashed", "the interpreter died"
             process.kill(), process.join()
@@ -154,7 +168,9 @@ class Transformers:
         from peft import PeftModel
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16 if has_cuda() else torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.bfloat16 if has_cuda() else torch.float32
+        )
         model = PeftModel.from_pretrained(model, lora).merge_and_unload() if lora else model
         self.model, self.batch = model.to("cuda" if has_cuda() else "cpu").eval(), batch
         self.seconds, self.sizes = 0.0, []
@@ -173,8 +189,12 @@ class Transformers:
         s, tokenizer, started = agent.settings, agent.tokenizer, time.monotonic()
         contexts = [trace.prompt_ids + trace.ids for trace in traces]
         width, pad = max(map(len, contexts)), tokenizer.eos_token_id
-        ids = torch.tensor([[pad] * (width - len(c)) + c for c in contexts], device=self.model.device)
-        seen = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=self.model.device)
+        ids = torch.tensor(
+            [[pad] * (width - len(c)) + c for c in contexts], device=self.model.device
+        )
+        seen = torch.tensor(
+            [[0] * (width - len(c)) + [1] * len(c) for c in contexts], device=self.model.device
+        )
         moves: list = [None] * len(traces)
 
         def stop(sequences, scores, **_):  # every step: which rows are at a call or at their end
@@ -182,7 +202,11 @@ class Transformers:
                 if moves[row] is None:
                     token = int(sequences[row, -1])
                     ended = token == tokenizer.eos_token_id or token in agent.close_ids
-                    new = types.SimpleNamespace(token_ids=[token], logprobs=[{token: types.SimpleNamespace(logprob=0.0)}], finish_reason="stop" if ended else None)
+                    new = types.SimpleNamespace(
+                        token_ids=[token],
+                        logprobs=[{token: types.SimpleNamespace(logprob=0.0)}],
+                        finish_reason="stop" if ended else None,
+                    )
                     move = agent.next_move(trace, new, agent.take(trace, new))
                     moves[row] = None if move == "decode" else move
                     if moves[row] is None and trace.sampled >= s.max_tokens:
@@ -191,8 +215,17 @@ class Transformers:
             return torch.tensor([m is not None for m in moves], device=sequences.device)
 
         with torch.no_grad():
-            self.model.generate(input_ids=ids, attention_mask=seen, do_sample=True, temperature=s.temperature, top_p=s.top_p, top_k=s.top_k,
-                                max_new_tokens=s.max_tokens, stopping_criteria=StoppingCriteriaList([stop]), pad_token_id=pad)  # fmt: skip
+            self.model.generate(
+                input_ids=ids,
+                attention_mask=seen,
+                do_sample=True,
+                temperature=s.temperature,
+                top_p=s.top_p,
+                top_k=s.top_k,
+                max_new_tokens=s.max_tokens,
+                stopping_criteria=StoppingCriteriaList([stop]),
+                pad_token_id=pad,
+            )
         self.seconds += time.monotonic() - started
         return [(trace, move or "max_tokens") for trace, move in zip(traces, moves, strict=True)]
 
@@ -223,7 +256,9 @@ class Meter:
 def measure(name: str, loop, agent, jobs, meter, slow: str, inner: bool = True) -> dict:
     """One row; `inner`: the loop runs its snippets in our sandbox, and there they are slowed."""
     submit = Session.submit
-    Session.submit = lambda self, code, timeout: submit(self, slowed(code, EXTRA[slow] if inner else ""), timeout)
+    Session.submit = lambda self, code, timeout: submit(
+        self, slowed(code, EXTRA[slow] if inner else ""), timeout
+    )
     agent.engine.reset_prefix_cache()
     list(agent.rollout(jobs[-1:]))  # not timed: the examples are in the cache for everybody
     meter.reset()
@@ -236,20 +271,41 @@ def measure(name: str, loop, agent, jobs, meter, slow: str, inner: bool = True) 
     tokens = sum(t.sampled for t in traces)
     right = sum(t.answer == t.problem.answer for t in traces)
     late = sum(slowed(code, "x") != code for t in traces for code, _ in t.calls)
-    row = {"name": name, "snippets": slow, "traces": len(traces), "tokens": tokens, "wall": wall, "rate": tokens / wall, "idle": max(0.0, 1 - sum(meter.steps) / wall),
-           "batch": sum(meter.sizes) / max(1, len(meter.sizes)), "calls": sum(len(t.calls) for t in traces), "slow": late, "right": right, "step": statistics.median(meter.steps or [0.0])}  # fmt: skip
-    print(f"# {name}: {json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})}", file=sys.stderr, flush=True)
+    row = {
+        "name": name,
+        "snippets": slow,
+        "traces": len(traces),
+        "tokens": tokens,
+        "wall": wall,
+        "rate": tokens / wall,
+        "idle": max(0.0, 1 - sum(meter.steps) / wall),
+        "batch": sum(meter.sizes) / max(1, len(meter.sizes)),
+        "calls": sum(len(t.calls) for t in traces),
+        "slow": late,
+        "right": right,
+        "step": statistics.median(meter.steps or [0.0]),
+    }
+    print(
+        f"# {name}: {json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()})}",
+        file=sys.stderr,
+        flush=True,
+    )
     return row
 
 
 def table(rows: list[dict]) -> str:
     """The rows, each beside the first one with the same snippets."""
-    lines = ["| | tokens/s | wall, s | engine idle, % | mean batch | tokens | calls (slow) | right | ours is faster |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+    lines = [
+        "| | tokens/s | wall, s | engine idle, % | mean batch | tokens | calls (slow) | right | ours is faster |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
+    ]
     for r in rows:
         base = next(other for other in rows if other["snippets"] == r["snippets"])
         ratio = "" if r is base else f"{base['rate'] / r['rate']:.1f} x"
-        lines.append(f"| {r['name']}, slow ones {r['snippets']} | {r['rate']:.0f} | {r['wall']:.1f} | {100 * r['idle']:.1f} | {r['batch']:.1f} | {r['tokens']} | "
-                     f"{r['calls']} ({r['slow']}) | {r['right']} of {r['traces']} | {ratio} |")  # fmt: skip
+        lines.append(
+            f"| {r['name']}, slow ones {r['snippets']} | {r['rate']:.0f} | {r['wall']:.1f} | {100 * r['idle']:.1f} | {r['batch']:.1f} | {r['tokens']} | "
+            f"{r['calls']} ({r['slow']}) | {r['right']} of {r['traces']} | {ratio} |"
+        )
     return "\n".join(lines)
 
 
@@ -284,8 +340,17 @@ def weights_read(folder: str) -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description="The same problems through four loops.")
     parser.add_argument("--problems", type=int, default=64)
-    parser.add_argument("--slow", choices=EXTRA, default="wait", help="what the slow snippets do (default: %(default)s)")
-    parser.add_argument("--scale", default="1,2,4,8,16,32,64,128,256,512", help="numbers of traces for the scaling table; '' leaves it out")
+    parser.add_argument(
+        "--slow",
+        choices=EXTRA,
+        default="wait",
+        help="what the slow snippets do (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scale",
+        default="1,2,4,8,16,32,64,128,256,512",
+        help="numbers of traces for the scaling table; '' leaves it out",
+    )
     parser.add_argument("--skip", default="", help="loops to leave out, as b,d")
     add_model_flags(parser)
     parser.set_defaults(max_tokens=256, batch=512)
@@ -306,7 +371,9 @@ def main() -> int:
                 rows.append(measure("(c) rounds", rounds, agent, jobs, meter, slow))
         if "b" not in skip:
             loop = functools.partial(one_at_a_time, extra=PUBLISHED_EXTRA[args.slow])
-            rows.append(measure("(b) one at a time", loop, agent, jobs, meter, args.slow, inner=False))
+            rows.append(
+                measure("(b) one at a time", loop, agent, jobs, meter, args.slow, inner=False)
+            )
         scaling = []
         agent.slots = args.batch
         for n in scale:
@@ -315,21 +382,61 @@ def main() -> int:
         if "d" not in skip:
             folder, lora = resolve_model(args.model, args.lora)
             there = Transformers(folder, lora, 64)
-            row = measure("(d) transformers", functools.partial(rounds, decode=there), agent, jobs, meter, args.slow)
-            rows.append(row | {"idle": 1 - there.seconds / row["wall"], "batch": sum(there.sizes) / max(1, len(there.sizes))})
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+            row = measure(
+                "(d) transformers",
+                functools.partial(rounds, decode=there),
+                agent,
+                jobs,
+                meter,
+                args.slow,
+            )
+            rows.append(
+                row
+                | {
+                    "idle": 1 - there.seconds / row["wall"],
+                    "batch": sum(there.sizes) / max(1, len(there.sizes)),
+                }
+            )
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     print(f"{date.today()}, {os.cpu_count()} cores ({cpu}); {len(jobs)} problems\n")
     print(table(rows))
     if scaling:
-        print("\n| traces at once | " + " | ".join(r["name"] for r in scaling) + " |\n|---|" + "--:|" * len(scaling))
-        for title, key, form in (("tokens/s", "rate", "{:.0f}"), ("wall, s", "wall", "{:.1f}"), ("engine idle, %", "idle", "{:.1%}"), ("mean batch", "batch", "{:.1f}"), ("median step, ms", "step", "{:.0f}")):
-            print(f"| {title} | " + " | ".join(form.format(1000 * r[key] if key == "step" else r[key]).rstrip("%") for r in scaling) + " |")
+        print(
+            "\n| traces at once | "
+            + " | ".join(r["name"] for r in scaling)
+            + " |\n|---|"
+            + "--:|" * len(scaling)
+        )
+        for title, key, form in (
+            ("tokens/s", "rate", "{:.0f}"),
+            ("wall, s", "wall", "{:.1f}"),
+            ("engine idle, %", "idle", "{:.1%}"),
+            ("mean batch", "batch", "{:.1f}"),
+            ("median step, ms", "step", "{:.0f}"),
+        ):
+            print(
+                f"| {title} | "
+                + " | ".join(
+                    form.format(1000 * r[key] if key == "step" else r[key]).rstrip("%")
+                    for r in scaling
+                )
+                + " |"
+            )
         folder, _ = resolve_model(args.model, args.lora)
         read, rate = weights_read(folder), read_bandwidth()
         single = next((r for r in scaling if r["name"] == "1"), None)
         if single and read:
-            print(f"\nA step reads {read / 1e9:.2f} GB of weights; memory gives {rate / 1e9:.1f} GB/s: at least {1000 * read / rate:.0f} ms. "
-                  f"With one trace it takes {1000 * single['step']:.0f} ms: {100 * read / rate / single['step']:.0f} % of the bandwidth.")  # fmt: skip
+            print(
+                f"\nA step reads {read / 1e9:.2f} GB of weights; memory gives {rate / 1e9:.1f} GB/s: at least {1000 * read / rate:.0f} ms. "
+                f"With one trace it takes {1000 * single['step']:.0f} ms: {100 * read / rate / single['step']:.0f} % of the bandwidth."
+            )
     return 0
 
 

@@ -21,7 +21,9 @@ import time
 from datetime import date
 from pathlib import Path
 
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent]   # this file's own name
+sys.path[:] = [
+    path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
+]  # this file's own name
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from sandbox import Sandbox  # noqa: E402
 
@@ -29,9 +31,10 @@ SNIPPETS = {
     "1+1": "1 + 1",
     "loop": "s = 0\nfor i in range(200_000):\n    s += i * i % 7\nprint(s)",
     "solve": "import sympy\nx = sympy.symbols('x')\nprint(sympy.solve(x**3 - 6*x**2 + 11*x - 6, x))",
-    "eig": "import numpy as np\nprint(np.linalg.eigvals(np.arange(400.0).reshape(20, 20) % 7).real.max())"}
+    "eig": "import numpy as np\nprint(np.linalg.eigvals(np.arange(400.0).reshape(20, 20) % 7).real.max())",
+}
 
-PUBLISHED = '''
+PUBLISHED = """
 import multiprocessing, statistics, sys, time
 from smolagents.local_python_executor import LocalPythonExecutor
 
@@ -52,7 +55,7 @@ def once(code):
 
 for code in eval(sys.argv[1]):
     print(sorted(once(code) for i in range(int(sys.argv[2]))), flush=True)
-'''
+"""
 
 
 def times(function, n):
@@ -96,8 +99,12 @@ def throughput(workers, sessions, snippets, code="1 + 1"):
     with Sandbox(workers=workers) as box:
         box.wait_ready()
         group, done, rates = [box.session() for _ in range(sessions)], 0, []
-        for opened in (True, False):                          # once to open them all, then timed
-            started, rounds, done = time.perf_counter(), 1 if opened else max(1, snippets // sessions), 0
+        for opened in (True, False):  # once to open them all, then timed
+            started, rounds, done = (
+                time.perf_counter(),
+                1 if opened else max(1, snippets // sessions),
+                0,
+            )
             left = {session: rounds for session in group}
             for session in group:
                 session.submit(code)
@@ -113,42 +120,101 @@ def throughput(workers, sessions, snippets, code="1 + 1"):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="What a snippet costs: the sandbox beside the usual ways.")
+    parser = argparse.ArgumentParser(
+        description="What a snippet costs: the sandbox beside the usual ways."
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of the repetitions")
-    parser.add_argument("--smolagents-python", default=sys.executable, metavar="PYTHON", help="a Python that has smolagents")
+    parser.add_argument(
+        "--smolagents-python",
+        default=sys.executable,
+        metavar="PYTHON",
+        help="a Python that has smolagents",
+    )
     options = parser.parse_args()
     many, few = (50, 2) if options.quick else (500, 8)
     codes = list(SNIPPETS.values())
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    print(f"{date.today()}, {os.cpu_count()} cores ({cpu}), Linux {platform.release()}, Python {platform.python_version()}, "
-          f"load before {os.getloadavg()[0]:.1f}")
-    print("milliseconds: median and 99th percentile\n" + " " * 34 + " ".join(f"{name:>19}" for name in SNIPPETS))
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    print(
+        f"{date.today()}, {os.cpu_count()} cores ({cpu}), Linux {platform.release()}, Python {platform.python_version()}, "
+        f"load before {os.getloadavg()[0]:.1f}"
+    )
+    print(
+        "milliseconds: median and 99th percentile\n"
+        + " " * 34
+        + " ".join(f"{name:>19}" for name in SNIPPETS)
+    )
     for code in codes:
         in_process(code)
-    floor = row("(c) exec in this process", [times(lambda code=code: in_process(code), many // 5) for code in codes])
+    floor = row(
+        "(c) exec in this process",
+        [times(lambda code=code: in_process(code), many // 5) for code in codes],
+    )
     with Sandbox() as box:
         box.wait_ready()
         session = box.session()
         session.run("1")
-        warm = row("ours, warm session", [times(lambda code=code: session.run(code), many) for code in codes])
-        new = row("ours, first snippet of a session", [times(lambda code=code: first(box, code), many // 4) for code in codes])
-    plain = row("(a) python -c", [
-        times(lambda code=code: subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True), few) for code in codes])
-    done = subprocess.run([options.smolagents_python, "-c", PUBLISHED, repr(codes), str(few)], capture_output=True, text=True)  # (b)
+        warm = row(
+            "ours, warm session",
+            [times(lambda code=code: session.run(code), many) for code in codes],
+        )
+        new = row(
+            "ours, first snippet of a session",
+            [times(lambda code=code: first(box, code), many // 4) for code in codes],
+        )
+    plain = row(
+        "(a) python -c",
+        [
+            times(
+                lambda code=code: subprocess.run(
+                    [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True
+                ),
+                few,
+            )
+            for code in codes
+        ],
+    )
+    done = subprocess.run(
+        [options.smolagents_python, "-c", PUBLISHED, repr(codes), str(few)],
+        capture_output=True,
+        text=True,
+    )  # (b)
     if done.returncode:
-        print("(b) left out:", done.stderr.strip().splitlines()[-1], f"({options.smolagents_python})")
+        print(
+            "(b) left out:", done.stderr.strip().splitlines()[-1], f"({options.smolagents_python})"
+        )
         published = None
     else:
-        published = row("(b) smolagents, process each", [eval(line) for line in done.stdout.splitlines()])
-    print(f"\nloop in a warm session: {warm[1] / floor[1]:.2f} x the floor;  a session is ready in {(new[0] - warm[0]) * 1e3:.1f} ms")
+        published = row(
+            "(b) smolagents, process each", [eval(line) for line in done.stdout.splitlines()]
+        )
+    print(
+        f"\nloop in a warm session: {warm[1] / floor[1]:.2f} x the floor;  a session is ready in {(new[0] - warm[0]) * 1e3:.1f} ms"
+    )
     # the loop is CPython's own time, which no sandbox of CPython code can shorten: the ratio is also given without it
     for name, picked in (("mix of the four", (0, 1, 2, 3)), ("mix without the loop", (0, 2, 3))):
         total = [sum(column[i] for i in picked) for column in (warm, plain, published or plain)]
-        print(f"{name}, warm: {total[1] / total[0]:.0f} x faster than (a)" + (f", {total[2] / total[0]:.0f} x than (b)" if published else ""))
-    print("\nsnippets per second, `1 + 1`          open sessions:" + "".join(f"{n:>18}" for n in (1, 100, 1000)))
+        print(
+            f"{name}, warm: {total[1] / total[0]:.0f} x faster than (a)"
+            + (f", {total[2] / total[0]:.0f} x than (b)" if published else "")
+        )
+    print(
+        "\nsnippets per second, `1 + 1`          open sessions:"
+        + "".join(f"{n:>18}" for n in (1, 100, 1000))
+    )
     for workers in (1, 2):
         rates = [throughput(workers, n, many * 10) for n in (1, 100, 1000)]
-        print(f"ours, workers {workers}   (while opening / once open)       " + "".join(f"{a:9.0f} /{b:7.0f}" for a, b in rates), flush=True)
+        print(
+            f"ours, workers {workers}   (while opening / once open)       "
+            + "".join(f"{a:9.0f} /{b:7.0f}" for a, b in rates),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

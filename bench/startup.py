@@ -21,7 +21,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PROBLEM = "What is 48721 times 9637?"
-MILESTONES = ("python and agent.py", "torch, vLLM", "engine ready", "first token", "answer", "process ended")
+MILESTONES = (
+    "python and agent.py",
+    "torch, vLLM",
+    "engine ready",
+    "first token",
+    "answer",
+    "process ended",
+)
 
 DRIVER = """
 import contextlib, json, os, sys, time
@@ -65,8 +72,13 @@ finally:
 
 def once() -> dict[str, float]:
     started = time.time()
-    done = subprocess.run([sys.executable, "-c", DRIVER], capture_output=True, text=True, cwd=ROOT,
-                          env={**os.environ, "STARTED": str(started), "ROOT": str(ROOT), "PROBLEM": PROBLEM})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", DRIVER],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "STARTED": str(started), "ROOT": str(ROOT), "PROBLEM": PROBLEM},
+    )
     ended = time.time() - started
     if done.returncode or "469524277" not in done.stdout:
         raise SystemExit(f"agent.py failed: {done.stdout[-300:]} {done.stderr[-800:]}")
@@ -86,7 +98,9 @@ def seconds_of(*command: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Seconds from the command to the answer.")
     parser.add_argument("--runs", type=int, default=3, help="(default: 3)")
-    parser.add_argument("--cold", action="store_true", help="drop the page cache before each run (root)")
+    parser.add_argument(
+        "--cold", action="store_true", help="drop the page cache before each run (root)"
+    )
     args = parser.parse_args()
     rows = {}
     if args.cold:
@@ -99,14 +113,30 @@ def main() -> int:
     with contextlib.suppress(OSError):
         once()
     rows["files in the page cache"] = [once() for _ in range(args.runs)]
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
-    print(f"{date.today()}, {os.cpu_count()} cores ({cpu}); seconds since the command, median of {args.runs}\n")
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
+    print(
+        f"{date.today()}, {os.cpu_count()} cores ({cpu}); seconds since the command, median of {args.runs}\n"
+    )
     print("| | " + " | ".join(MILESTONES) + " |\n|---|" + "--:|" * len(MILESTONES))
     for name, runs in rows.items():
-        print(f"| {name} | " + " | ".join(f"{statistics.median(r[m] for r in runs):.1f}" for m in MILESTONES) + " |")
+        print(
+            f"| {name} | "
+            + " | ".join(f"{statistics.median(r[m] for r in runs):.1f}" for m in MILESTONES)
+            + " |"
+        )
     print("\n| | `--help` | an unknown flag |\n|---|--:|--:|")
     for script in ("data.py", "sandbox.py", "agent.py", "evaluate.py", "grpo.py"):
-        print(f"| `{script}` | {seconds_of(script, '--help'):.2f} | {seconds_of(script, '--no-such-flag'):.2f} |", flush=True)
+        print(
+            f"| `{script}` | {seconds_of(script, '--help'):.2f} | {seconds_of(script, '--no-such-flag'):.2f} |",
+            flush=True,
+        )
     return 0
 
 

@@ -29,7 +29,11 @@ from datetime import date
 from pathlib import Path
 
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
-sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != HERE), str(HERE / ".packages")]
+sys.path[:] = [
+    str(ROOT),
+    *(path for path in sys.path if Path(path or ".").resolve() != HERE),
+    str(HERE / ".packages"),
+]
 
 import grpo  # noqa: E402
 from agent import Trace, has_cuda, load_tokenizer, open_agent, prepare_environment, resolve_model  # noqa: E402
@@ -41,8 +45,14 @@ MICRO = {"A": 8, "B": 4}  # TRL's traces per micro-batch
 
 def flags(case: str):
     """grpo.py's own flags for a case."""
-    shape = [] if case == "A" else ["--no-agent", "--problems", "4", "--group", "4", "--max-tokens", "1000"]
-    args = grpo.parse_flags(["--preset", "mini", "--model", "embedded", "--loss", "dapo", "--lora", "none", *shape])
+    shape = (
+        []
+        if case == "A"
+        else ["--no-agent", "--problems", "4", "--group", "4", "--max-tokens", "1000"]
+    )
+    args = grpo.parse_flags(
+        ["--preset", "mini", "--model", "embedded", "--loss", "dapo", "--lora", "none", *shape]
+    )
     grpo.check_flags(args)
     args.max_grad_norm = float("inf")
     return args
@@ -57,8 +67,22 @@ def record(case: str, path: Path) -> None:
             agent.settings = grpo.replace(agent.settings, temperature=args.temperature_start)
             batch = grpo.draw(problems, args.seed, 0, args.problems)
             clock = {"rollout": 0.0, "score": 0.0}
-            groups = grpo.roll_out(agent, grader, batch, args.group, grpo.parse_weights(args.reward_weights), clock, grpo.Team())
-        rows = [[[s.trace.prompt_ids, s.trace.ids, s.trace.mask, s.trace.logprobs, s.reward] for s in group] for group in groups]
+            groups = grpo.roll_out(
+                agent,
+                grader,
+                batch,
+                args.group,
+                grpo.parse_weights(args.reward_weights),
+                clock,
+                grpo.Team(),
+            )
+        rows = [
+            [
+                [s.trace.prompt_ids, s.trace.ids, s.trace.mask, s.trace.logprobs, s.reward]
+                for s in group
+            ]
+            for group in groups
+        ]
     else:  # the cost does not depend on what the tokens say: worked solutions, one after another
         prepare_environment(False)
         prompt = grpo.settings_from(args).prompt
@@ -66,16 +90,32 @@ def record(case: str, path: Path) -> None:
         made = arithmetic("train", 16 * 30)
         rows = [[] for _ in range(4)]
         for i in range(16):
-            ids = encode(tokenizer, "\n".join(p.question + "\n" + p.meta["solution"] for p in made[30 * i : 30 * i + 30]))[:1000]
+            ids = encode(
+                tokenizer,
+                "\n".join(
+                    p.question + "\n" + p.meta["solution"] for p in made[30 * i : 30 * i + 30]
+                ),
+            )[:1000]
             prompt_ids = render_prompt(tokenizer, prompt, made[30 * (i // 4)].question)
-            rows[i // 4].append([prompt_ids, ids, [1] * len(ids), [0.0] * len(ids), float(i % 4 == 0)])
+            rows[i // 4].append(
+                [prompt_ids, ids, [1] * len(ids), [0.0] * len(ids), float(i % 4 == 0)]
+            )
     path.write_text(json.dumps(rows))
 
 
 def scored(case: str, path: Path, args) -> list:
     """All traces of the step, advantages and weights set."""
-    groups = [[grpo.Scored(Trace(None, 0, p, ids, mask, logprobs, inserted=mask.count(0)), Verdict(False, "ok"), reward)
-               for p, ids, mask, logprobs, reward in group] for group in json.loads(path.read_text())]  # fmt: skip
+    groups = [
+        [
+            grpo.Scored(
+                Trace(None, 0, p, ids, mask, logprobs, inserted=mask.count(0)),
+                Verdict(False, "ok"),
+                reward,
+            )
+            for p, ids, mask, logprobs, reward in group
+        ]
+        for group in json.loads(path.read_text())
+    ]
     args.tis_cap = 0.0  # TRL corrects with vLLM only; and nothing sampled the tokens of B
     grpo.weigh(groups, args)
     return [s for group in groups for s in group]
@@ -84,7 +124,11 @@ def scored(case: str, path: Path, args) -> list:
 def peak() -> float:
     import torch
 
-    return torch.cuda.max_memory_allocated() / 2**30 if has_cuda() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return (
+        torch.cuda.max_memory_allocated() / 2**30
+        if has_cuda()
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    )
 
 
 class Watch:
@@ -112,7 +156,9 @@ def run(who: str, case: str, path: Path, out: Path) -> None:
     folder, _ = resolve_model("embedded", "none")
     model = grpo.load_trainer(args, folder, None)
     traces = scored(case, path, args)
-    with torch.no_grad():  # a new adapter's second factors are zeros, and so would be half of the gradient
+    with (
+        torch.no_grad()
+    ):  # a new adapter's second factors are zeros, and so would be half of the gradient
         for name, p in model.named_parameters():
             if "lora_B" in name:
                 p.normal_(0, 0.002, generator=torch.Generator(p.device).manual_seed(len(name)))
@@ -125,12 +171,27 @@ def run(who: str, case: str, path: Path, out: Path) -> None:
         loss = grpo.update(model, watch, used, args.temperature_start, args, grpo.Team())["loss"]
         seconds, gradient = time.perf_counter() - started, watch.gradient
     else:
-        loss, gradient, seconds = through_trl(model, parameters, traces, args, MICRO[case], who == "TRL, checkpointing")
+        loss, gradient, seconds = through_trl(
+            model, parameters, traces, args, MICRO[case], who == "TRL, checkpointing"
+        )
     sampled = sum(s.trace.sampled for s in traces)
     torch.save({"gradient": gradient}, out)
-    print("RESULT" + json.dumps({"loss": loss, "seconds": seconds, "peak": peak(), "loaded": loaded, "sampled": sampled, "traces": len(traces),
-                                 "flat": sum(not s.advantage for s in traces), "work": operations(model, traces, args) if who == "ours" else 0,
-                                 "rate": matmul_rate() if who == "ours" else 0}))  # fmt: skip
+    print(
+        "RESULT"
+        + json.dumps(
+            {
+                "loss": loss,
+                "seconds": seconds,
+                "peak": peak(),
+                "loaded": loaded,
+                "sampled": sampled,
+                "traces": len(traces),
+                "flat": sum(not s.advantage for s in traces),
+                "work": operations(model, traces, args) if who == "ours" else 0,
+                "rate": matmul_rate() if who == "ours" else 0,
+            }
+        )
+    )
 
 
 def through_trl(model, parameters, traces, args, micro: int, checkpointing: bool):
@@ -144,14 +205,28 @@ def through_trl(model, parameters, traces, args, micro: int, checkpointing: bool
 
     def matrix(rows, value, left):
         width = max(map(len, rows))
-        return torch.tensor([[value] * (width - len(r)) + list(r) if left else list(r) + [value] * (width - len(r)) for r in rows], device=device)
+        return torch.tensor(
+            [
+                [value] * (width - len(r)) + list(r)
+                if left
+                else list(r) + [value] * (width - len(r))
+                for r in rows
+            ],
+            device=device,
+        )
 
     prompts, ids = [s.trace.prompt_ids for s in traces], [s.trace.ids for s in traces]
     batch = {
-        "prompt_ids": matrix(prompts, pad, True), "prompt_mask": matrix([[1] * len(p) for p in prompts], 0, True),
-        "completion_ids": matrix(ids, pad, False), "completion_mask": matrix([[1] * len(i) for i in ids], 0, False),
-        "tool_mask": matrix([s.trace.mask for s in traces], 0, False), "advantages": torch.tensor([s.advantage for s in traces], device=device),
-        "num_items_in_batch": torch.tensor(float(sum(s.trace.sampled for s in traces)), device=device)}  # fmt: skip
+        "prompt_ids": matrix(prompts, pad, True),
+        "prompt_mask": matrix([[1] * len(p) for p in prompts], 0, True),
+        "completion_ids": matrix(ids, pad, False),
+        "completion_mask": matrix([[1] * len(i) for i in ids], 0, False),
+        "tool_mask": matrix([s.trace.mask for s in traces], 0, False),
+        "advantages": torch.tensor([s.advantage for s in traces], device=device),
+        "num_items_in_batch": torch.tensor(
+            float(sum(s.trace.sampled for s in traces)), device=device
+        ),
+    }
     kept = {}
 
     class Keep(TrainerCallback):
@@ -170,13 +245,36 @@ def through_trl(model, parameters, traces, args, micro: int, checkpointing: bool
 
     with tempfile.TemporaryDirectory() as folder:
         config = GRPOConfig(
-            output_dir=folder, per_device_train_batch_size=micro, gradient_accumulation_steps=len(traces) // micro, num_generations=args.group, max_steps=1,
-            loss_type="dapo", beta=0.0, temperature=args.temperature_start, learning_rate=args.lr, max_completion_length=args.max_tokens,
-            use_cpu=not has_cuda(), bf16=has_cuda(), report_to=[], gradient_checkpointing=checkpointing, save_strategy="no", logging_strategy="no",
-            disable_tqdm=True, max_grad_norm=0.0, weight_decay=0.0, lr_scheduler_type="constant")  # fmt: skip
+            output_dir=folder,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=len(traces) // micro,
+            num_generations=args.group,
+            max_steps=1,
+            loss_type="dapo",
+            beta=0.0,
+            temperature=args.temperature_start,
+            learning_rate=args.lr,
+            max_completion_length=args.max_tokens,
+            use_cpu=not has_cuda(),
+            bf16=has_cuda(),
+            report_to=[],
+            gradient_checkpointing=checkpointing,
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+            max_grad_norm=0.0,
+            weight_decay=0.0,
+            lr_scheduler_type="constant",
+        )
         data = Dataset.from_list([{"prompt": "x"}] * (len(traces) // args.group))
-        trainer = Recorded(model=model, reward_funcs=[lambda completions, **_: [0.0] * len(completions)], args=config, train_dataset=data,
-                           processing_class=tokenizer, callbacks=[Keep()])  # fmt: skip
+        trainer = Recorded(
+            model=model,
+            reward_funcs=[lambda completions, **_: [0.0] * len(completions)],
+            args=config,
+            train_dataset=data,
+            processing_class=tokenizer,
+            callbacks=[Keep()],
+        )
         trainer.train()
     return kept["loss"], kept["gradient"], time.perf_counter() - kept["started"]
 
@@ -188,12 +286,17 @@ def operations(model, traces, args) -> float:
     used = [s for s in traces if s.weight and s.advantage]
     c = model.get_base_model().config
     head = c.hidden_size // c.num_attention_heads
-    layer = c.hidden_size * head * (2 * c.num_attention_heads + 2 * c.num_key_value_heads) + 3 * c.hidden_size * c.intermediate_size
+    layer = (
+        c.hidden_size * head * (2 * c.num_attention_heads + 2 * c.num_key_value_heads)
+        + 3 * c.hidden_size * c.intermediate_size
+    )
     P = len(grpo.shared_prefix(model, [s.trace.prompt_ids for s in used]))
     total = 0.0
 
     def forward(tokens, before):  # `before`: keys there already
-        return c.num_hidden_layers * (2 * layer * tokens + 4 * c.hidden_size * tokens * (before + tokens / 2))
+        return c.num_hidden_layers * (
+            2 * layer * tokens + 4 * c.hidden_size * tokens * (before + tokens / 2)
+        )
 
     for s in used:
         n = len(s.trace.prompt_ids) + len(s.trace.ids) - 1 - P
@@ -206,7 +309,9 @@ def matmul_rate() -> float:
     import torch
 
     device = "cuda" if has_cuda() else "cpu"
-    a = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if has_cuda() else torch.float32)
+    a = torch.randn(
+        2048, 2048, device=device, dtype=torch.bfloat16 if has_cuda() else torch.float32
+    )
     best = 0.0
     for _ in range(5):
         started = time.perf_counter()
@@ -218,15 +323,28 @@ def matmul_rate() -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description="One update on the same traces, ours and TRL's.")
     parser.add_argument("--case", default="A,B", help="which cases (default: A,B)")
-    parser.add_argument("--all", action="store_true", help="TRL with gradient checkpointing in case A too: minutes more")
-    parser.add_argument("--keep", type=Path, help="folder of the recorded traces, made where there are none")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="TRL with gradient checkpointing in case A too: minutes more",
+    )
+    parser.add_argument(
+        "--keep", type=Path, help="folder of the recorded traces, made where there are none"
+    )
     parser.add_argument("--part", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:
         who, case, path, out = args.part
         record(case, Path(path)) if who == "record" else run(who, case, Path(path), Path(out))
         return 0
-    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        ),
+        platform.machine(),
+    )
     print(f"{date.today()}, {os.cpu_count()} cores ({cpu})\n")
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.keep or Path(temporary)
@@ -238,27 +356,59 @@ def main() -> int:
                 command = [sys.executable, __file__, "--part", who, case, str(path), out]
                 done = subprocess.run(command, capture_output=True, text=True)
                 if done.returncode:
-                    raise UserError(f"{who}, case {case}: " + ("killed, out of memory?" if done.returncode == -9 else done.stderr[-3000:]))
-                return next((json.loads(line[6:]) for line in done.stdout.splitlines() if line.startswith("RESULT")), None)
+                    raise UserError(
+                        f"{who}, case {case}: "
+                        + (
+                            "killed, out of memory?"
+                            if done.returncode == -9
+                            else done.stderr[-3000:]
+                        )
+                    )
+                return next(
+                    (
+                        json.loads(line[6:])
+                        for line in done.stdout.splitlines()
+                        if line.startswith("RESULT")
+                    ),
+                    None,
+                )
 
             if not path.exists():
                 part("record")
             rows, gradients = {}, {}
-            for who in ("ours", "TRL", *(("TRL, checkpointing",) if case == "B" or args.all else ())):
+            for who in (
+                "ours",
+                "TRL",
+                *(("TRL, checkpointing",) if case == "B" or args.all else ()),
+            ):
                 rows[who] = types.SimpleNamespace(**part(who, str(Path(temporary) / "gradient.pt")))
                 import torch
 
                 gradients[who] = torch.load(Path(temporary) / "gradient.pt")["gradient"]
                 print(f"# {case} {who}: {vars(rows[who])}", file=sys.stderr, flush=True)
             base = rows["ours"]
-            print(f"({case}) {base.traces} traces, {base.sampled} sampled tokens; {base.flat} traces without advantage, which ours leaves out\n")
-            print("| | seconds | sampled tokens/s | peak GiB | before the update | loss | gradient differs by | ours is faster | ours needs |\n|---|" + "--:|" * 8)
+            print(
+                f"({case}) {base.traces} traces, {base.sampled} sampled tokens; {base.flat} traces without advantage, which ours leaves out\n"
+            )
+            print(
+                "| | seconds | sampled tokens/s | peak GiB | before the update | loss | gradient differs by | ours is faster | ours needs |\n|---|"
+                + "--:|" * 8
+            )
             for who, r in rows.items():
                 off = (gradients[who] - gradients["ours"]).norm() / gradients["ours"].norm()
-                more = "| |" if who == "ours" else f"| {r.seconds / base.seconds:.1f} x | {base.peak / r.peak:.2f} x the memory |"
-                print(f"| {who} | {r.seconds:.1f} | {base.sampled / r.seconds:.0f} | {r.peak:.2f} | {r.loaded:.2f} | {r.loss:.5f} | {off:.1e} {more}")
-            print(f"\nOur update is {base.work / 1e12:.2f} TFLOP by the model's shapes: {base.work / base.seconds / 1e9:.0f} GFLOP/s, "
-                  f"{100 * base.work / base.seconds / base.rate:.0f} % of the {base.rate / 1e9:.0f} that a 2048 x 2048 matrix product reaches.\n", flush=True)  # fmt: skip
+                more = (
+                    "| |"
+                    if who == "ours"
+                    else f"| {r.seconds / base.seconds:.1f} x | {base.peak / r.peak:.2f} x the memory |"
+                )
+                print(
+                    f"| {who} | {r.seconds:.1f} | {base.sampled / r.seconds:.0f} | {r.peak:.2f} | {r.loaded:.2f} | {r.loss:.5f} | {off:.1e} {more}"
+                )
+            print(
+                f"\nOur update is {base.work / 1e12:.2f} TFLOP by the model's shapes: {base.work / base.seconds / 1e9:.0f} GFLOP/s, "
+                f"{100 * base.work / base.seconds / base.rate:.0f} % of the {base.rate / 1e9:.0f} that a 2048 x 2048 matrix product reaches.\n",
+                flush=True,
+            )
     return 0
 
 

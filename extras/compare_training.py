@@ -13,13 +13,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import Parser, UserError, run_main  # noqa: E402
 
-PANELS = {"accuracy": "right answers", "code_rate": "traces with a snippet that ran", "length": "tokens per trace"}
+PANELS = {
+    "accuracy": "right answers",
+    "code_rate": "traces with a snippet that ran",
+    "length": "tokens per trace",
+}
 
 
 def columns(run: Path) -> dict[str, list[float]]:
     """step and the panels' columns of a run's finished steps; UserError where there are none."""
     try:
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         found = {name: [row[name] for row in rows] for name in ("step", *PANELS)}
     except (OSError, ValueError, KeyError, TypeError):
         found = {"step": []}
@@ -37,7 +44,13 @@ def smooth(values: list[float], width: int = 5) -> list[float]:
 def main() -> int:
     parser = Parser(description="Training runs of grpo.py side by side.")
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folders of grpo.py")
-    parser.add_argument("--out", type=Path, default=Path("compared.png"), metavar="FILE.png", help="(default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("compared.png"),
+        metavar="FILE.png",
+        help="(default: %(default)s)",
+    )
     args = parser.parse_args()
     runs = {run.resolve().name: columns(run) for run in args.runs}
     from matplotlib.figure import Figure
@@ -47,7 +60,12 @@ def main() -> int:
         for i, (run, found) in enumerate(runs.items()):
             axes.plot(found["step"], found[name], color=f"C{i}", alpha=0.3, linewidth=1)
             axes.plot(found["step"], smooth(found[name]), color=f"C{i}", label=run)
-        axes.set_title(title, fontsize=10), axes.set_xlabel("step"), axes.grid(alpha=0.3), axes.set_ylim(0, None if name == "length" else 1.02)
+        (
+            axes.set_title(title, fontsize=10),
+            axes.set_xlabel("step"),
+            axes.grid(alpha=0.3),
+            axes.set_ylim(0, None if name == "length" else 1.02),
+        )
     figure.axes[0].legend(fontsize=8)
     figure.savefig(args.out, dpi=110)
     print(args.out)

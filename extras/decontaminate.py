@@ -35,9 +35,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Parser, Problem, UserError, add_data_flags, load, load_from_flags, run_main  # noqa: E402
 
 NGRAM, SHINGLE, PERMUTATIONS = 8, 3, 64
-SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "leq": "le", "geq": "ge", "neq": "ne", "times": "*", "cdot": "*", "×": "*", "·": "*", "−": "-", "÷": "/",
-            "div": "/", "lbrack": "[", "rbrack": "]"}  # fmt: skip
-SILENT = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|text(?:bf|it|rm)?|math(?:rm|bf|it|cal|bb)|quad|qquad|operatorname)(?![a-z])|\\[,;:! ]|[${}~]")
+SYNONYMS = {
+    "dfrac": "frac",
+    "tfrac": "frac",
+    "leq": "le",
+    "geq": "ge",
+    "neq": "ne",
+    "times": "*",
+    "cdot": "*",
+    "×": "*",
+    "·": "*",
+    "−": "-",
+    "÷": "/",
+    "div": "/",
+    "lbrack": "[",
+    "rbrack": "]",
+}
+SILENT = re.compile(
+    r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|text(?:bf|it|rm)?|math(?:rm|bf|it|cal|bb)|quad|qquad|operatorname)(?![a-z])|\\[,;:! ]|[${}~]"
+)
 TOKEN = re.compile(r"\\?[a-z]+|\d+(?:\.\d+)?|[-+*/=<>^_×·−÷|%]")
 
 
@@ -45,7 +61,9 @@ def tokens_of(question: str) -> list[str]:
     """Words, numbers and operators of a question, without case, punctuation, LaTeX spacing, fonts and synonyms."""
     text = SILENT.sub(" ", unicodedata.normalize("NFKC", question).lower())
     text = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text)  # 1,234
-    return [SYNONYMS.get(token, token) for token in (t.removeprefix("\\") for t in TOKEN.findall(text))]
+    return [
+        SYNONYMS.get(token, token) for token in (t.removeprefix("\\") for t in TOKEN.findall(text))
+    ]
 
 
 def grams(tokens: list[str], n: int) -> set[str]:
@@ -89,7 +107,9 @@ class Index:
         from datasketch import MinHashLSH
 
         # A little below the threshold: what the sketch overlooks, nothing later finds.
-        self.lsh = self.lsh or MinHashLSH(threshold=max(0.1, self.jaccard - 0.1), num_perm=PERMUTATIONS)
+        self.lsh = self.lsh or MinHashLSH(
+            threshold=max(0.1, self.jaccard - 0.1), num_perm=PERMUTATIONS
+        )
         at, tokens = len(self.items), tokens_of(question)
         self.items.append((benchmark, question))
         self.tokens.append(tokens)
@@ -115,7 +135,10 @@ class Index:
             if value >= self.containment:
                 return "ngram", value, at
         shingles = grams(tokens, SHINGLE)
-        close = [(len(shingles & self.shingles[at]) / len(shingles | self.shingles[at]), at) for at in self.lsh.query(minhash(shingles))]
+        close = [
+            (len(shingles & self.shingles[at]) / len(shingles | self.shingles[at]), at)
+            for at in self.lsh.query(minhash(shingles))
+        ]
         if close and max(close)[0] >= self.jaccard:
             return "minhash", *max(close)
         words = words_of(tokens)
@@ -136,13 +159,41 @@ def match_one(question: str):
 
 def main() -> int:
     global INDEX
-    parser = Parser(description="Remove benchmark problems and their near-duplicates from a training set.")
+    parser = Parser(
+        description="Remove benchmark problems and their near-duplicates from a training set."
+    )
     add_data_flags(parser, default=None)
-    parser.add_argument("--against", required=True, metavar="NAME,FILE,...", help="benchmarks, as for --dataset")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE.jsonl", help="the clean rows; beside it FILE.removed.jsonl")
-    parser.add_argument("--jaccard", type=float, default=0.5, metavar="X", help="near-duplicate from this similarity of 3-grams on (default: 0.5)")
-    parser.add_argument("--containment", type=float, default=0.5, metavar="X", help="quoted from this share of the benchmark's 8-grams on (default: 0.5)")
-    parser.add_argument("--overlap", type=float, default=0.3, metavar="X", help="reworded from this share of common words on, numbers being equal (default: 0.3)")
+    parser.add_argument(
+        "--against", required=True, metavar="NAME,FILE,...", help="benchmarks, as for --dataset"
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.jsonl",
+        help="the clean rows; beside it FILE.removed.jsonl",
+    )
+    parser.add_argument(
+        "--jaccard",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="near-duplicate from this similarity of 3-grams on (default: 0.5)",
+    )
+    parser.add_argument(
+        "--containment",
+        type=float,
+        default=0.5,
+        metavar="X",
+        help="quoted from this share of the benchmark's 8-grams on (default: 0.5)",
+    )
+    parser.add_argument(
+        "--overlap",
+        type=float,
+        default=0.3,
+        metavar="X",
+        help="reworded from this share of common words on, numbers being equal (default: 0.3)",
+    )
     args = parser.parse_args()
     if args.dataset is None:
         raise UserError("--dataset is missing: the training set to clean")
@@ -152,19 +203,40 @@ def main() -> int:
     try:
         import datasketch  # noqa: F401
     except ImportError:
-        raise UserError("the package `datasketch` is missing: run `make setup`, or pip install datasketch") from None
+        raise UserError(
+            "the package `datasketch` is missing: run `make setup`, or pip install datasketch"
+        ) from None
     started, INDEX = time.monotonic(), Index(args.jaccard, args.containment, args.overlap)
     for name in filter(None, args.against.split(",")):
         for p in load(name, need_answer=False):
             INDEX.add(Path(name).stem if Path(name).exists() else name, p.question)
     problems = load_from_flags(args, need_answer=False)
-    print(f"{len(problems)} problems against {len(INDEX.items)}; index built in {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"{len(problems)} problems against {len(INDEX.items)}; index built in {time.monotonic() - started:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
 
-    counts, removed, total = Counter(), args.out.with_suffix(".removed.jsonl"), Counter(benchmark for benchmark, _ in INDEX.items)
+    counts, removed, total = (
+        Counter(),
+        args.out.with_suffix(".removed.jsonl"),
+        Counter(benchmark for benchmark, _ in INDEX.items),
+    )
     clean_part, removed_part = (path.with_name(path.name + ".part") for path in (args.out, removed))
     hit: dict[str, set[int]] = defaultdict(set)
-    with multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool, clean_part.open("w") as clean, removed_part.open("w") as report:
-        for done, (p, found) in enumerate(zip(problems, pool.imap(match_one, (p.question for p in problems), chunksize=200), strict=True), 1):
+    with (
+        multiprocessing.get_context("fork").Pool(len(os.sched_getaffinity(0))) as pool,
+        clean_part.open("w") as clean,
+        removed_part.open("w") as report,
+    ):
+        for done, (p, found) in enumerate(
+            zip(
+                problems,
+                pool.imap(match_one, (p.question for p in problems), chunksize=200),
+                strict=True,
+            ),
+            1,
+        ):
             if found is None:
                 clean.write(json.dumps(row_of(p), ensure_ascii=False, default=str) + "\n")
             else:
@@ -172,20 +244,42 @@ def main() -> int:
                 benchmark, question = INDEX.items[at]
                 counts[reason] += 1
                 hit[benchmark].add(at)
-                report.write(json.dumps({"id": p.id, "question": p.question, "benchmark": benchmark, "match": question,
-                                         "test": reason, "value": round(value, 3)}, ensure_ascii=False) + "\n")  # fmt: skip
+                report.write(
+                    json.dumps(
+                        {
+                            "id": p.id,
+                            "question": p.question,
+                            "benchmark": benchmark,
+                            "match": question,
+                            "test": reason,
+                            "value": round(value, 3),
+                        },
+                        ensure_ascii=False,
+                    )
+                    + "\n"
+                )
             if done % 20_000 == 0:
-                print(f"{done} of {len(problems)}, {sum(counts.values())} removed, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"{done} of {len(problems)}, {sum(counts.values())} removed, {time.monotonic() - started:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
     clean_part.replace(args.out), removed_part.replace(removed)
-    print(f"{sum(counts.values())} of {len(problems)} removed ({', '.join(f'{n} {reason}' for reason, n in counts.most_common()) or 'none'}); "
-          f"{time.monotonic() - started:.0f} s; {args.out}, {removed}")  # fmt: skip
+    print(
+        f"{sum(counts.values())} of {len(problems)} removed ({', '.join(f'{n} {reason}' for reason, n in counts.most_common()) or 'none'}); "
+        f"{time.monotonic() - started:.0f} s; {args.out}, {removed}"
+    )
     for benchmark, size in total.items():
         print(f"  {benchmark}: {len(hit[benchmark])} of {size} questions met")
     return 0
 
 
 def row_of(p: Problem) -> dict:
-    return {"question": p.question, "answer": p.answer, **{k: v for k, v in p.meta.items() if k not in ("question", "answer")}}
+    return {
+        "question": p.question,
+        "answer": p.answer,
+        **{k: v for k, v in p.meta.items() if k not in ("question", "answer")},
+    }
 
 
 if __name__ == "__main__":

