@@ -1,0 +1,193 @@
+"""What all command lines share: errors of one line, groups of flags, and the way out.
+
+A script ends with `run_main(main)`, and its main begins with `flags = parse(Flags)`: the fields of
+that dataclass are the flags and their docstrings the help, tyro reads both. The groups below are
+inherited by the scripts that need them; a function that needs flags takes the dataclass.
+"""
+
+import contextlib
+import importlib.metadata
+import io
+import math
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+import tyro
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one line that says what is wrong and what to do."""
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, short enough for one line of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+
+
+def run_main(main) -> None:
+    """Run main() and exit with what it returns; what a user can mend becomes one line on stderr.
+
+    Exit code 2 for a UserError or the operating system's (a full disk, a file that is not ours), 130
+    for Ctrl-C, 0 when the reader of a pipe has left (`python data.py | head`). A traceback is a bug of
+    ours. What was finished is on disk already, so there is nothing to save here.
+    """
+    script, code = Path(sys.argv[0]).name, 2
+    try:
+        code = main() or 0
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"{script}: {error}", file=sys.stderr)
+    except ModuleNotFoundError as error:
+        print(
+            f"{script}: no package {error.name!r} in {sys.executable}: `make setup`",
+            file=sys.stderr,
+        )
+    except KeyboardInterrupt:
+        print(f"{script}: interrupted", file=sys.stderr)
+        code = 130
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # else Python complains once more while it ends
+        code = 0
+    except OSError as error:
+        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+        print(f"{script}: {what}: mend that and give the same command again", file=sys.stderr)
+    sys.exit(code)
+
+
+def parse(flags: type, default=None, description: str | None = None):
+    """The command line as an instance of the dataclass `flags`, with the defaults of `default`.
+
+    tyro explains a mistake in a box of several lines; here it becomes a UserError of one.
+    """
+    said = io.StringIO()
+    options = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(flags, description=description, **options)
+    except SystemExit as end:
+        if not end.code:  # --help
+            raise
+        box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]]
+        lines = box[: box.index("")] if "" in box else box  # up to the first rule
+        raise UserError(f"{' '.join(lines)} (--help lists the flags)") from None
+
+
+def check_range(flags, low: float, high: float, *fields: str) -> None:
+    """Raise UserError for a field of `flags` outside [low, high]; None is not looked at."""
+    for field in fields:
+        value = getattr(flags, field)
+        if value is not None and not low <= value <= high:
+            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            raise UserError(f"--{field.replace('_', '-')} must be {bounds}, not {value}")
+
+
+# ---- This machine
+
+
+@lru_cache(maxsize=1)
+def has_cuda() -> bool:
+    """Whether this machine and this installation can use an NVIDIA GPU. Cheap: without torch."""
+    if not Path("/proc/driver/nvidia/version").exists():
+        return False
+    try:
+        return "+cpu" not in importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+@lru_cache(maxsize=1)
+def go_offline_without_hub() -> None:
+    """Tell the Hugging Face libraries at once when the hub is out of reach.
+
+    Their own retries take over a minute. To be called before their import; copies in their cache are
+    still found.
+    """
+    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
+        return  # the proxy knows the way
+    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname, port), timeout=5).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+# ---- Groups of flags
+
+
+@dataclass(kw_only=True)
+class DataFlags:
+    """Which problems."""
+
+    dataset: str = "arithmetic"
+    """A set by name (`python data.py --list`), an id on the Hugging Face hub, or a file."""
+    config: str | None = None
+    """Configuration of a hub dataset."""
+    split: str | None = None
+    """Split of the dataset; without this flag `test`, or that of a set known by name."""
+    question_key: str | None = None
+    """Column of the question; without this flag the usual names."""
+    answer_key: str | None = None
+    """Column of the gold answer; without this flag the usual names."""
+    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """Keep matching rows only: topic=Algebra, difficulty=5-9."""
+    limit: int | None = None
+    """The first N problems."""
+    shuffle: int | None = None
+    """Shuffle with this seed, before --limit."""
+
+
+@dataclass(kw_only=True)
+class ModelFlags:
+    """Which model, and how it is served."""
+
+    model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"
+    """Hub id, folder, or `embedded`: a small one that came with the packages."""
+    lora: str | None = None
+    """PEFT adapter folder, or `none`. Without this flag the embedded model gets its own in adapters/."""
+    batch: int = 256 if has_cuda() else 64
+    """Traces decoded at once."""
+    gpu_memory_utilization: float = 0.9
+    """Share of the GPU's memory for the engine."""
+    tensor_parallel: int = 1
+    """GPUs that share one model."""
+    verbose: bool = False
+    """Show the engine's log."""
+
+
+@dataclass(kw_only=True)
+class AgentFlags(ModelFlags):
+    """How problems are put to the model, and how it samples."""
+
+    agent: bool = True
+    """With the tool; --no-agent is plain reasoning, the baseline."""
+    prompt: str = "chat"
+    """`chat` for ours, a name in prompts/, or a file with {question} in it: messages (.json) or text."""
+    few_shot: str | None = None
+    """Solved examples: turns (for small models), system, none, a file like fewshot.txt, or style:file."""
+    sandbox: Literal["auto", "limits-only"] = "auto"
+    """limits-only: go on where the kernel has no seccomp, at your own risk."""
+    temperature: float = 0.6
+    """0 is greedy."""
+    top_p: float = 0.95
+    """Sample from the most likely tokens that have this probability together."""
+    top_k: int = 20
+    """Sample from the K most likely tokens; 0 is off."""
+    seed: int = 0
+    """Same seed, same traces, up to rounding that depends on the batch; -1 draws one."""
+    max_tokens: int | None = None
+    """Sampled tokens per trace; without this flag 1024 for the embedded model, else 20000."""
+    max_calls: int = 50
+    """Snippets per trace."""
+    snippet_seconds: float = 20.0
+    """Wall time of a snippet; ends the snippet, not the trace."""
+    end_at: Literal["eos", "box"] = "eos"
+    """End a trace by itself, or at its first complete \\boxed{}."""
