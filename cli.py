@@ -33,9 +33,9 @@ def first_line(error: BaseException) -> str:
 def run_main(main) -> None:
     """Run main() and exit with what it returns; what a user can mend becomes one line on stderr.
 
-    Exit code 2 for a UserError or the operating system's (a full disk, a file that is not ours), 130
-    for Ctrl-C, 0 when the reader of a pipe has left (`python data.py | head`). A traceback is a bug of
-    ours. What was finished is on disk already, so there is nothing to save here.
+    Exit code 2 for a UserError or the operating system's (a full disk, a file that is not ours),
+    130 for Ctrl-C, 0 when the reader of a pipe has left (`python data.py | head`). A traceback is a
+    bug of ours. What was finished is on disk already, so there is nothing to save here.
     """
     script, code = Path(sys.argv[0]).name, 2
     try:
@@ -107,8 +107,8 @@ def has_cuda() -> bool:
 def go_offline_without_hub() -> None:
     """Tell the Hugging Face libraries at once when the hub is out of reach.
 
-    Their own retries take over a minute. To be called before their import; copies in their cache are
-    still found.
+    Their own retries take over a minute. To be called before their import; copies in their cache
+    are still found.
     """
     if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
         return  # the proxy knows the way
@@ -152,7 +152,9 @@ class ModelFlags:
     model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"
     """Hub id, folder, or `embedded`: a small one that came with the packages."""
     lora: str | None = None
-    """PEFT adapter folder, or `none`. Without this flag the embedded model gets its own in adapters/."""
+    """PEFT adapter folder, or `none`. Without this flag the embedded model gets its own in
+    adapters/.
+    """
     batch: int = 256 if has_cuda() else 64
     """Traces decoded at once."""
     gpu_memory_utilization: float = 0.9
@@ -170,9 +172,13 @@ class AgentFlags(ModelFlags):
     agent: bool = True
     """With the tool; --no-agent is plain reasoning, the baseline."""
     prompt: str = "chat"
-    """`chat` for ours, a name in prompts/, or a file with {question} in it: messages (.json) or text."""
+    """`chat` for ours, a name in prompts/, or a file with {question} in it: messages (.json) or
+    text.
+    """
     few_shot: str | None = None
-    """Solved examples: turns (for small models), system, none, a file like fewshot.txt, or style:file."""
+    """Solved examples: turns (for small models), system, none, a file like fewshot.txt, or
+    style:file.
+    """
     sandbox: Literal["auto", "limits-only"] = "auto"
     """limits-only: go on where the kernel has no seccomp, at your own risk."""
     temperature: float = 0.6
