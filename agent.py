@@ -40,7 +40,7 @@ from dataclasses import asdict, dataclass, field, replace
 import tyro
 
 from cli import AgentFlags, UserError, check_range, go_offline_without_hub, parse, run_main
-from data import CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
+from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
 from data import disarm, encode, problem_id, read_prompt, render_prompt
 from engine import context_length, load_engine, load_tokenizer, prepare_environment, resolve_model
 from grade import extract_answer, vote
@@ -69,34 +69,17 @@ class Trace:
     )  # (model | code | output, characters)
     answer: str | None = None  # the last \boxed{} in the model's own prose
     seconds: float = 0.0
-    reward: float = 0.0  # these three are grpo.py's
+    # what grpo.py learns from it
+    rewards: dict[str, float] = field(default_factory=dict)  # by name
+    reward: float = 0.0  # their weighted sum
     advantage: float = 0.0
     weight: float = 0.0  # of each of its tokens in the loss
+    old_logprobs: list[float] = field(default_factory=list)  # the trainer's, sampled tokens only
 
     @property
     def sampled(self) -> int:
         """Tokens that the model wrote."""
         return sum(self.mask)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything besides the weights that determines what a trace looks like."""
-
-    prompt: Prompt
-    temperature: float
-    top_p: float
-    top_k: int
-    seed: int
-    max_tokens: int  # sampled tokens per trace
-    max_calls: int
-    snippet_seconds: float
-    end_at: str  # eos, or box: stop at the first complete \boxed{} that the model writes
-
-    @property
-    def inserted_tokens(self) -> int:
-        """A trace's allowance for inserted outputs, so that the context can be planned."""
-        return max(2 * OUTPUT_TOKENS, self.max_tokens // 2) if self.prompt.agent else 0
 
 
 @dataclass
@@ -120,15 +103,16 @@ def trace_seed(seed: int, *what) -> int:
 
 
 class Agent:
-    """A vLLM engine, a sandbox and the settings; `rollout` is the whole method.
+    """A vLLM engine, a sandbox, a prompt and the flags; `rollout` is the whole method.
 
     engine: an LLMEngine (add_request, step, abort_request); max_len: its context; slots: traces
-    that decode at once; lora: a LoRARequest or None. grpo.py replaces `lora` and `settings` as it
-    learns.
+    that decode at once; lora: a LoRARequest or None. grpo.py replaces `flags` and `lora` as it
+    goes on.
     """
 
-    def __init__(self, engine, tokenizer, box, settings, max_len, slots=64, lora=None):
-        self.engine, self.tokenizer, self.box, self.settings = engine, tokenizer, box, settings
+    def __init__(self, engine, tokenizer, box, prompt, flags, max_len, slots=64, lora=None):
+        self.engine, self.tokenizer, self.box = engine, tokenizer, box
+        self.prompt, self.flags = prompt, flags
         self.max_len, self.slots, self.lora = max_len, slots, lora
         self.serial = itertools.count()
 
@@ -186,7 +170,7 @@ class Agent:
                         code = snippet_in(live.segment)
                         notify(live.trace, "call", code)
                         live.session = live.session or self.box.session()
-                        live.session.submit(code, self.settings.snippet_seconds)
+                        live.session.submit(code, self.flags.snippet_seconds)
                         running[live.session] = live
                     else:
                         live.trace.finish = "" if move == "again" else move
@@ -208,7 +192,7 @@ class Agent:
                     live.session.close()
 
     def begin(self, problem: Problem, sample: int) -> Live:
-        prompt_ids = render_prompt(self.tokenizer, self.settings.prompt, problem.question)
+        prompt_ids = render_prompt(self.tokenizer, self.prompt, problem.question)
         return Live(Trace(problem, sample, prompt_ids), time.monotonic())
 
     def request(self, live: Live, decoding: dict[str, Live]) -> bool:
@@ -216,21 +200,23 @@ class Agent:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        s, trace = self.settings, live.trace
+        flags, trace = self.flags, live.trace
         ids = trace.prompt_ids + trace.ids
-        budget = s.max_tokens - trace.sampled
+        budget = flags.max_tokens - trace.sampled
         room = min(budget, self.max_len - len(ids))
         if room < 1:
             trace.finish = "context" if budget > 0 else "max_tokens"
             return False
-        call_stop = (CALL_CLOSE,) if s.prompt.agent else ()
+        stops = list(self.prompt.stops)
+        if self.prompt.agent:
+            stops.append(CALL_CLOSE)
         params = SamplingParams(
-            temperature=s.temperature,
-            top_p=s.top_p,
-            top_k=s.top_k,
-            seed=trace_seed(s.seed, trace.problem.id, trace.sample, live.requests),
+            temperature=flags.temperature,
+            top_p=flags.top_p,
+            top_k=flags.top_k,
+            seed=trace_seed(flags.seed, trace.problem.id, trace.sample, live.requests),
             max_tokens=room,
-            stop=[*call_stop, *s.prompt.stops],
+            stop=stops,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,  # the sampled token's, and of no other
@@ -257,13 +243,17 @@ class Agent:
 
     def next_move(self, live: Live, new) -> str:
         """decode (the request goes on) | call | again (a new request is due) | a finish value."""
-        s, trace = self.settings, live.trace
+        flags, trace = self.flags, live.trace
         closes = new.stop_reason == CALL_CLOSE
         if closes and CALL_OPEN in live.segment:
-            if trace.sampled >= s.max_tokens:
+            if trace.sampled >= flags.max_tokens:
                 return "max_tokens"  # nobody could read the output
-            return "call" if len(trace.calls) < s.max_calls else "max_calls"
-        if s.end_at == "box" and "}" in new.text and extract_answer(self.split(live.segment)[0]):
+            return "call" if len(trace.calls) < flags.max_calls else "max_calls"
+        if (
+            flags.end_at == "box"
+            and "}" in new.text
+            and extract_answer(self.split(live.segment)[0])
+        ):
             return "answer"
         if new.finish_reason is None:
             return "decode"
@@ -288,7 +278,7 @@ class Agent:
 
         inserted = len(trace.mask) - trace.sampled
         left = self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1
-        left = min(left, self.settings.inserted_tokens - inserted)
+        left = min(left, inserted_allowance(self.flags) - inserted)
         room = min(OUTPUT_TOKENS, left - len(before) - len(after))
         if len(shown) > room:
             note = encode(self.tokenizer, "\n[... cut ...]\n")
@@ -309,7 +299,7 @@ class Agent:
 
     def split(self, segment: str) -> tuple[str, str]:
         """(prose, call) of a segment; prose, and only that, may hold the answer."""
-        if not self.settings.prompt.agent:
+        if not self.prompt.agent:
             return segment, ""
         prose, tag, code = segment.partition(CALL_OPEN)
         return prose, tag + code
@@ -345,8 +335,8 @@ def snippet_in(segment: str) -> str:
 # ---- From flags to an agent
 
 
-def settings_from(flags: AgentFlags) -> Settings:
-    """Settings for the flags. Raises UserError for values out of range."""
+def check_flags(flags: AgentFlags) -> Prompt:
+    """Fill in what depends on other flags, and read the prompt. Raises UserError."""
     if flags.max_tokens is None:
         flags.max_tokens = 1024 if flags.model == "embedded" else 20_000
     if flags.seed < 0:  # drawn once, and from here on as good as given
@@ -356,17 +346,12 @@ def settings_from(flags: AgentFlags) -> Settings:
     check_range(flags, 0, math.inf, "top_k", "max_calls")
     check_range(flags, 1, math.inf, "max_tokens", "batch", "tensor_parallel")
     check_range(flags, 1e-3, 3600, "snippet_seconds")
-    return Settings(
-        prompt=read_prompt(flags),
-        temperature=flags.temperature,
-        top_p=flags.top_p,
-        top_k=flags.top_k,
-        seed=flags.seed,
-        max_tokens=flags.max_tokens,
-        max_calls=flags.max_calls,
-        snippet_seconds=flags.snippet_seconds,
-        end_at=flags.end_at,
-    )
+    return read_prompt(flags)
+
+
+def inserted_allowance(flags: AgentFlags) -> int:
+    """Tokens that a trace's inserted outputs may have together, so that the context is known."""
+    return max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
 
 
 @contextlib.contextmanager
@@ -376,27 +361,25 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: b
 
     The sandbox starts first: its imports run while the engine loads. Raises UserError.
     """
-    settings = settings_from(flags)
+    prompt = check_flags(flags)
     prepare_environment(flags.verbose)
     if flags.model != "embedded":
         go_offline_without_hub()
     with contextlib.ExitStack() as stack:
-        box = None
-        if settings.prompt.agent:
-            box = stack.enter_context(Sandbox(mode=flags.sandbox))
+        box = stack.enter_context(Sandbox(mode=flags.sandbox)) if prompt.agent else None
         model, lora = resolve_model(flags.model, flags.lora)
         tokenizer = load_tokenizer(model)
-        if not tokenizer.chat_template and not settings.prompt.stops:
-            settings = replace(settings, prompt=replace(settings.prompt, stops=BASE_STOPS))
+        if not tokenizer.chat_template and not prompt.stops:
+            prompt = replace(prompt, stops=BASE_STOPS)
 
         # The context to plan for: an engine that keeps less can hold more traces.
-        prompts = [render_prompt(tokenizer, settings.prompt, p.question) for p in problems]
+        prompts = [render_prompt(tokenizer, prompt, problem.question) for problem in problems]
         longest = max(map(len, prompts), default=2048)  # at the interactive prompt nobody knows
         context = context_length(model)
         if longest >= context:
             too_long = f"the prompt has {longest} tokens and the model's context is {context}"
             raise UserError(f"{too_long}: shorten the problem, or use --few-shot none")
-        max_len = min(context, longest + settings.max_tokens + settings.inserted_tokens)
+        max_len = min(context, longest + flags.max_tokens + inserted_allowance(flags))
 
         slots = min(flags.batch, traces)
         engine, request = load_engine(model, lora, max_len, slots, flags, sleep)
@@ -407,7 +390,7 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: b
         try:
             if box:
                 box.wait_ready()
-            yield Agent(engine, tokenizer, box, settings, max_len, slots, request)
+            yield Agent(engine, tokenizer, box, prompt, flags, max_len, slots, request)
         except SandboxError as error:  # now, or at a later snippet
             raise UserError(str(error)) from None
 
@@ -520,7 +503,7 @@ def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1, math.inf, "n")
     text = read_problem(flags)
-    settings_from(flags)  # a wrong flag ends here, before anything heavy is loaded
+    check_flags(flags)  # a wrong flag ends here, before anything heavy is loaded
     from rich.console import Console
 
     console = Console(soft_wrap=True)

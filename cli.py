@@ -19,6 +19,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import tyro
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -56,22 +57,25 @@ def run_main(main) -> None:
             os.open(os.devnull, os.O_WRONLY), 1
         )  # else Python complains once more while it ends
         code = 0
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
+        what = getattr(error, "strerror", None) or first_line(error)
+        if getattr(error, "filename", None):
+            what += f" ({error.filename})"
         print(f"{script}: {what}: mend that and give the same command again", file=sys.stderr)
     sys.exit(code)
 
 
-def parse(flags: type, default=None, description: str | None = None):
+def parse(flags: type, default=None, **options):
     """The command line as an instance of the dataclass `flags`, with the defaults of `default`.
 
     tyro explains a mistake in a box of several lines; here it becomes a UserError of one.
     """
     said = io.StringIO()
-    options = {} if default is None else {"default": default}
+    if default is not None:
+        options["default"] = default
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(flags, description=description, **options)
+            return tyro.cli(flags, **options)
     except SystemExit as end:
         if not end.code:  # --help
             raise

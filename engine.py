@@ -1,11 +1,13 @@
-r"""A model into vLLM: where weights come from, what an adapter is, what a CPU needs, several ranks.
+"""Models: their names, into vLLM, into the trainer; and several ranks of all that.
 
-Nothing here belongs to the method; agent.py asks for an engine and gets one. In reading order:
+Nothing here belongs to the method: agent.py asks for an engine and gets one, grpo.py for a model
+with an adapter. In reading order:
 
   1. names       --model and --lora as folders: a hub id, a folder, an adapter alone, `embedded`
   2. the process what must be set before vLLM is imported, and how its noise is kept away
   3. the engine  an LLMEngine in this process, and two functions of it that are slow on a CPU
-  4. ranks       several processes under torchrun, and the little that they tell one another
+  4. the trainer a frozen base with an adapter, saved, merged; the prompts' shared prefix
+  5. ranks       several processes under torchrun, and the little that they tell one another
 """
 
 import contextlib
@@ -20,9 +22,12 @@ import tempfile
 from datetime import timedelta
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from cli import ModelFlags, UserError, first_line, has_cuda
 
 ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # made by `make reproduce`
+EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model is a 4-bit copy of it
 
 # ---- Names
 
@@ -30,8 +35,6 @@ ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # made by
 @contextlib.contextmanager
 def model_errors(model: str):
     """What the libraries raise for a model that is missing or damaged, as a UserError."""
-    from safetensors import SafetensorError
-
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
@@ -58,19 +61,15 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
 
 def adapter_only(model: str) -> str | None:
     """The local folder of a model that is an adapter without a base of its own, else None."""
-    folder = model
     if not Path(model).exists():
         from huggingface_hub import snapshot_download
 
         try:  # small files only: the weights themselves are fetched by whoever loads them
-            folder = snapshot_download(model, allow_patterns=["*.json", "adapter_model*"])
-        except (
-            OSError,
-            ValueError,
-        ):  # the hub's errors are OSErrors; loading will say what is wrong
+            model = snapshot_download(model, allow_patterns=["*.json", "adapter_model*"])
+        except (OSError, ValueError):  # loading it will say what is wrong
             return None
-    files = {path.name for path in Path(folder).iterdir()} if Path(folder).is_dir() else set()
-    return folder if "adapter_config.json" in files and "config.json" not in files else None
+    alone = not (Path(model) / "config.json").exists()
+    return model if alone and (Path(model) / "adapter_config.json").exists() else None
 
 
 def adapter_config(folder: str) -> dict:
@@ -93,7 +92,7 @@ def adapter_config(folder: str) -> dict:
 
 def is_whole(path: Path) -> bool:
     """Whether a .safetensors file has all the bytes that its header promises."""
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, "np"):
@@ -140,33 +139,22 @@ def embedded_model() -> Path:
     print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
     os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
-            source = {"gguf_file": gguf.name, "dtype": torch.float32}
-            quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
-            config = quantised.config
-            if hasattr(config, "quantization_config"):
-                del config.quantization_config
-            model = LlamaForCausalLM(config)  # save_pretrained refuses one that was read from GGUF
-            model.load_state_dict(quantised.state_dict())
-            model.generation_config = quantised.generation_config
-            model.save_pretrained(work)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work)
-            os.chmod(work, 0o755)
-            shutil.rmtree(target, ignore_errors=True)  # a damaged one
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
+        source = {"gguf_file": gguf.name, "dtype": torch.float32}
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
+        if hasattr(quantised.config, "quantization_config"):
+            del quantised.config.quantization_config
+        model = LlamaForCausalLM(quantised.config)  # save_pretrained refuses one from GGUF
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
+        with contextlib.suppress(OSError):  # another process was faster
             os.rename(work, target)
-    except (
-        OSError,
-        SafetensorError,
-    ) as error:  # safetensors has an error of its own for a full disk
-        if not is_whole(target / "model.safetensors"):  # else another process was faster
-            space = "it needs 600 MB; set XDG_CACHE_HOME to a folder with space"
-            reason = f"cannot save the embedded model under {cache} ({first_line(error)}): {space}"
-            raise UserError(reason) from None
     return target
 
 
@@ -200,26 +188,23 @@ def prepare_environment(verbose: bool) -> None:
         }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
+    for name in "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split():
+        os.environ.pop(name, None)  # torchrun's: each rank's engine is alone in its process
 
 
 @contextlib.contextmanager
 def silence(active: bool):
     """Send what libraries print while they load to nowhere, C code's too: descriptors 1 and 2."""
-    if not active:
-        yield
-        return
     sys.stdout.flush()
     sys.stderr.flush()
-    saved = [os.dup(1), os.dup(2)]
+    saved = os.dup(1), os.dup(2)
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+        for target in (1, 2) if active else ():
+            os.dup2(nowhere.fileno(), target)
     try:
         yield
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        for target, descriptor in enumerate(saved, 1):
+        for target, descriptor in zip((1, 2), saved, strict=True):
             os.dup2(descriptor, target)
             os.close(descriptor)
 
@@ -344,6 +329,148 @@ def quick_top_k_top_p() -> None:
     sampler.apply_top_k_top_p = apply_top_k_top_p
 
 
+# ---- The trainer's model
+
+
+def load_trainer(config, folder: str, adapter: str | None):
+    """The frozen base model with an adapter in float32, new or from a folder. Raises UserError."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(config.seed)
+    dtype = torch.bfloat16 if compute_dtype() == "bfloat16" else torch.float32
+    with model_errors(folder):
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    base.to("cuda" if has_cuda() else "cpu")
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter:
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    else:
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.rslora,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, lora)
+    for module in model.modules():  # no dropout anywhere: the policy that is trained has sampled
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    check_head(model)
+    named = EMBEDDED_HUB if config.model == "embedded" else folder  # what --merge will need
+    model.peft_config["default"].base_model_name_or_path = named
+    return model.train()
+
+
+def check_head(model) -> None:
+    """Raise UserError for a model whose logits are not those of its head on its decoder."""
+    import torch
+
+    base, head = model.get_base_model(), model.get_output_embeddings()
+    ids = torch.arange(8, device=model.device)[None]  # (1, 8)
+    with torch.no_grad():
+        logits = base(input_ids=ids).logits
+        ours = head(base.get_decoder()(input_ids=ids).last_hidden_state)
+    if not torch.allclose(logits.float(), ours.float(), atol=1e-2, rtol=1e-2):
+        kind = type(base).__name__
+        raise UserError(
+            f"{kind} changes its logits after the head (a cap or a scale): not supported"
+        )
+    if any(p.requires_grad for p in head.parameters()):
+        raise UserError("the adapter trains the output layer: give one without lm_head")
+
+
+def save_adapter(model, folder: Path, dtype=None) -> None:
+    """A PEFT adapter folder, written beside its place and renamed: there whole or not at all."""
+    work = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    weights = {k: t.to(dtype or t.dtype) for k, t in model.state_dict().items() if "lora_" in k}
+    model.save_pretrained(work, state_dict=weights, save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+
+
+def merge(run: Path) -> None:
+    """Write RUN/merged, a plain model: the run's best adapter, else its last, in its base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = (run / "adapter", run / "last", run)
+    adapter = next(folder for folder in folders if folder.is_dir() or folder == run)
+    base = adapter_config(str(adapter))["base_model_name_or_path"]
+    base = str(embedded_model()) if base == EMBEDDED_HUB else base
+    with model_errors(base):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(run / "merged")
+    AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
+    print(f"{run / 'merged'}: {base} with {adapter}")
+
+
+class Prefix:
+    """Keys and values of the P tokens that all prompts begin with, layer by layer."""
+
+    def __init__(self, model, ids: list[int]):
+        import torch
+        from transformers import DynamicCache
+
+        self.length, self.cache = len(ids), DynamicCache()
+        decoder = model.get_base_model().get_decoder()
+        ids = torch.tensor([ids], device=model.device)
+        decoder(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        assert self.cache.get_seq_length() == self.length, "the model dropped its cache"
+        self.tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+
+    def expand(self, N: int):
+        """As the cache of N traces: views, so that their gradients add up in the tensors."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            keys, values = layer.keys, layer.values  # (1, heads, P, D)
+            cache.update(keys.expand(N, -1, -1, -1), values.expand(N, -1, -1, -1), i)
+        return cache
+
+
+@contextlib.contextmanager
+def shared_prefix(model, prompts: list[list[int]]):
+    """Compute the prompts' common beginning once for all micro-batches, and its gradient once.
+
+    Most of a prompt is solved examples. Yields None where a cache would be wrong: gradient
+    checkpointing drops it without a word, a sliding window forgets its beginning.
+    """
+    import torch
+
+    base = model.get_base_model()
+    layers = getattr(base.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    ids = common_prefix(prompts)[:-1]  # the rest begins with a token that predicts
+    if not ids or base.is_gradient_checkpointing or set(layers) != {"full_attention"}:
+        yield None
+        return
+    with torch.no_grad():
+        prefix = Prefix(model, ids)
+    for tensor in prefix.tensors:
+        tensor.requires_grad_()
+    yield prefix
+    gradients = [tensor.grad for tensor in prefix.tensors]
+    torch.autograd.backward(Prefix(model, ids).tensors, gradients)  # once more, with its graph
+
+
+def common_prefix(sequences: list[list[int]]) -> list[int]:
+    """The longest beginning of all sequences: that of the smallest and the largest one.
+
+    >>> common_prefix([[5, 6, 7], [5, 6, 8, 9], [5, 6]])
+    [5, 6]
+    """
+    low, high = min(sequences, default=[]), max(sequences, default=[])
+    same = [a == b for a, b in zip(low, high, strict=False)] + [False]
+    return low[: same.index(False)]
+
+
 # ---- Ranks
 
 
@@ -351,7 +478,7 @@ def take_rank() -> tuple[int, int]:
     """(rank, ranks) of a torchrun job, (0, 1) without one; keeps to its GPU or share of the cores.
 
     To be called before torch is imported: torchrun leaves every rank one thread, and CUDA sees the
-    devices it saw first. vLLM would read torchrun's variables too; Team keeps what it needs.
+    devices it saw first.
     """
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -370,45 +497,35 @@ class Team:
     """The ranks of a torchrun job, or this process alone.
 
     What they exchange is small beside a rollout (traces, an adapter's gradients), so it goes
-    through main memory (gloo), between GPUs too. Raises UserError when another rank has ended.
+    through main memory, between GPUs too: objects through torchrun's store, sums through gloo.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size = rank, size
+        self.rank, self.size, self.calls = rank, size, 0
         if size > 1:
             import torch.distributed as dist
 
-            store, _, _ = next(dist.rendezvous("env://"))
-            store = dist.PrefixStore("team", store)
-            self.group = dist.ProcessGroupGloo(store, rank, size, timedelta(hours=6))
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-            os.environ.pop(name, None)  # every rank's engine is alone in its process
-
-    def add(self, tensor) -> None:
-        """Sum over the ranks, in place; every rank gets it."""
-        if self.size > 1:
-            self.wait(self.group.allreduce([tensor]))
+            patience = timedelta(hours=6)  # torchrun ends everybody when one rank fails
+            store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+            self.store = dist.PrefixStore("team", store)
+            self.group = dist.ProcessGroupGloo(self.store, rank, size, patience)
 
     def gather(self, value) -> list:
         """The values of all ranks, in order, on every rank."""
         if self.size == 1:
             return [value]
-        import torch
+        self.calls += 1
+        self.store.set(f"{self.calls}/{self.rank}", pickle.dumps(value))
+        self.store.delete_key(f"{self.calls - 2}/{self.rank}")  # everybody has read it
+        names = [f"{self.calls}/{rank}" for rank in range(self.size)]
+        return [pickle.loads(self.store.get(name)) for name in names]
 
-        mine = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
-        lengths = torch.zeros(self.size, dtype=torch.int64)
-        lengths[self.rank] = len(mine)
-        self.add(lengths)
-        padded = torch.zeros(int(lengths.max()), dtype=torch.uint8)
-        padded[: len(mine)] = mine
-        everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        self.wait(self.group.allgather([everyone], [padded]))
-        parts = zip(everyone, lengths.tolist(), strict=True)
-        return [pickle.loads(part[:length].numpy().tobytes()) for part, length in parts]
-
-    def wait(self, work) -> None:
-        try:
-            work.wait()
-        except RuntimeError as error:
-            other = f"another rank has ended, see its message ({first_line(error)})"
-            raise UserError(f"rank {self.rank}: {other}") from None
+    def add(self, tensor) -> None:
+        """Sum over the ranks, in place, on every rank. Raises UserError when one has ended."""
+        if self.size > 1:
+            total = tensor.cpu()
+            try:
+                self.group.allreduce([total]).wait()
+            except RuntimeError as error:
+                raise UserError(f"another rank has ended ({first_line(error)})") from None
+            tensor.copy_(total)
