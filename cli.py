@@ -8,8 +8,10 @@ inherited by the scripts that need them; a function that needs flags takes the d
 import contextlib
 import importlib.metadata
 import io
+import json
 import math
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -91,6 +93,28 @@ def check_range(flags, low: float, high: float, *fields: str) -> None:
         if value is not None and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise UserError(f"--{field.replace('_', '-')} must be {bounds}, not {value}")
+
+
+def write_log(path: Path, row: dict) -> None:
+    """Append a row. The newline comes first: a row that a kill cut in two spoils no other.
+
+    A step that is done again after a kill has two rows; the later one counts.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(row, ensure_ascii=False))
+
+
+def stop_on_ctrl_c() -> list:
+    """A list that is empty until the first Ctrl-C, which ends the run after its step."""
+    stop = []
+
+    def handler(*_):
+        stop.append(True)
+        print("finishing this step, then saving (again: abort now)", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    return stop
 
 
 # ---- This machine

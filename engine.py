@@ -411,6 +411,58 @@ def merge(run: Path) -> None:
     print(f"{run / 'merged'}: {base} with {adapter}")
 
 
+def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
+    """Everything that the next step depends on, in one file that is replaced as a whole."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    save_adapter(model, out / "last", torch.bfloat16)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    work = out / "checkpoint.tmp"
+    try:
+        torch.save({**state, "adapter": weights, "optimizer": optimizer.state_dict()}, work)
+    except RuntimeError as error:  # torch's way to say that the disk is full
+        raise UserError(f"{work}: {first_line(error)}: make room, then --resume") from None
+    os.replace(work, out / "checkpoint.pt")
+
+
+def load_checkpoint(out: Path) -> dict:
+    """The state that was saved, {} without one. Raises UserError where it cannot be read."""
+    import torch
+
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return {}
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises what it likes for a damaged file
+        remedy = "the run cannot go on; its last adapter is in last/"
+        raise UserError(f"{path} is damaged ({first_line(error)}): {remedy}") from None
+
+
+def per_token(traces):
+    """(the engine's logprob, advantage, weight) of each sampled token: (n, 3)."""
+    import torch
+
+    rows = []
+    for trace in traces:
+        for logprob, sampled in zip(trace.logprobs, trace.mask, strict=True):
+            if sampled:
+                rows.append((logprob, trace.advantage, trace.weight))
+    return torch.tensor(rows).view(-1, 3)
+
+
+def micro_batches(traces, budget: int) -> list[list]:
+    """Traces in order of length, cut so that rows x longest row <= budget (or one row alone)."""
+    batches: list[list] = []
+    for trace in traces:
+        length = len(trace.prompt_ids) + len(trace.ids)
+        if not batches or (len(batches[-1]) + 1) * length > budget:
+            batches.append([])
+        batches[-1].append(trace)
+    return batches
+
+
 class Prefix:
     """Keys and values of the P tokens that all prompts begin with, layer by layer."""
 

@@ -11,31 +11,29 @@ One step, B problems x G traces each, N = B * G:
 
   1. roll out   agent.py samples the N traces at temperature T(step), with the tool
   2. score      r = sum over --reward-weights of weight * reward function
-  3. update     A = how much better than its own group a trace was, the same for each of its tokens
-                ratio_t = pi(token t) / pi_old(token t) w_t = min(pi_old / pi_vLLM, --tis-cap), a
-                constant L = - sum over sampled tokens of c_t w_t min(ratio_t A, clip(ratio_t, 1 -
-                low, 1 + high) A)
-                    + kl_beta * sum of c_t (q - log q - 1)  with q = pi_base / pi
+  3. update     A = how much better than its own group a trace was, for each of its tokens
+                ratio_t = pi(token t) / pi_old(token t)
+                w_t = min(pi_old / pi_vLLM, --tis-cap), a constant
+                L = - sum of c_t w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A)
+                    + kl_beta * sum of c_t (q - log q - 1),  q = pi_base / pi
+                over all sampled tokens; the base model is the same one, adapter off
   4. sync       the new adapter goes back into vLLM under a new name
 
-    --loss-type   c_t, weight of a token of trace i      --scale-rewards   divides r - mean by
-    grpo          1 / (N * length_i)                     group             std of its group + 1e-4
-    dapo          1 / (length_1 + ... + length_N)        batch             std of the step's r -
-    mean
-    dr_grpo       1 / (N * max_tokens)                   none              1
+    --loss-type   c_t, weight of a token of trace i    --scale-rewards   divides r - mean by
+    grpo          1 / (N * length_i)                   group             std of its group + 1e-4
+    dapo          1 / (sum of all lengths)             batch             std over the step + 1e-4
+    dr_grpo       1 / (N * max_tokens)                 none              1
 
 Lengths count sampled tokens. Formulas: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4, DAPO
 (2503.14476) eq. 8, 10 and 13, Dr. GRPO (2503.20783) sec. 3, LitePPO (2508.08221) for `batch`, GDPO
-(2601.05242) for --reward-aggregation normalize_then_sum; the KL term is k3 of
-http://joschu.net/blog/kl-approx.html.
+(2601.05242) for normalize_then_sum; the KL term is k3 of http://joschu.net/blog/kl-approx.html.
 
 A trap of small rewards: where nobody in a group is right, dividing by the group's std makes a 0.1
 for a snippet that ran as large as a 1.0 for a right answer elsewhere. `batch` and `none` do not.
 
 Differences from the published recipe (preset paper has its numbers), each with its reason:
 
-  1. top_p 1, top_k off (0.8 and 50 published): a truncated distribution is not the one in the
-     ratio.
+  1. top_p 1, top_k off (0.8 and 50 published): the ratio is not that of a cut distribution.
   2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
   3. "Used code" means that a snippet ran without error (published: any pair of tags, even empty).
   4. w_t corrects for the small gap between vLLM's and the trainer's probabilities, which is logged.
@@ -50,8 +48,7 @@ Like the published recipe: logits divided by the sampling temperature, KL with b
 default then), one optimiser step per rollout, where the ratio is 1 and clipping never acts.
 --minibatches and --epochs make several; then pi_old is the trainer's before the first of them.
 
-Left out: a value model, a model spread over GPUs (it must fit one, beside its engine), full
-fine-tuning.
+Left out: a value model, a model spread over GPUs (it must fit one), full fine-tuning.
 
 OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of each step, token by token)
       checkpoint.pt  last/ (PEFT adapter of the last step)  adapter/ (the best in evaluation)
@@ -62,11 +59,8 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import random
 import resource
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -77,10 +71,11 @@ from typing import Literal
 
 from agent import Agent, Trace, check_flags, open_agent, trace_seed
 from cli import AgentFlags, DataFlags, UserError
-from cli import check_range, first_line, has_cuda, parse, run_main
+from cli import check_range, has_cuda, parse, run_main, stop_on_ctrl_c, write_log
 from data import Problem, load_problems
-from engine import Team, compute_dtype, load_trainer, merge, prepare_environment
-from engine import resolve_model, save_adapter, shared_prefix, take_rank
+from engine import Team, compute_dtype, load_checkpoint, load_trainer, merge, micro_batches
+from engine import per_token, prepare_environment, resolve_model, save_adapter, save_checkpoint
+from engine import shared_prefix, take_rank
 from evaluate import CUT, interval_of
 from grade import Grader
 
@@ -175,8 +170,8 @@ class Config(Start, DataFlags, AgentFlags):
     """Its scale is alpha / r."""
     rslora: bool = False
     """Its scale is alpha / sqrt(r)."""
-    micro_tokens: int = 256
-    """Tokens of one forward and backward pass: memory, and nothing else, depends on it."""
+    micro_tokens: int = 2048
+    """Tokens of one forward and backward pass, prompts included: only memory depends on it."""
     gradient_checkpointing: bool = False
     """Less memory, more time; excludes the shared prefix."""
     sleep: bool = False
@@ -191,60 +186,26 @@ class Config(Start, DataFlags, AgentFlags):
     gpu_memory_utilization: float = 0.4
 
 
+# fmt: off
 PRESETS = {
     "mini": Config(),
-    # Intel's DeepMath; lr 1e-6 is published, ten times that is more usual for LoRA.
-    "paper": Config(
-        model="Qwen/Qwen3-4B-Thinking-2507",
-        dataset="openmathreasoning",
-        steps=1000,
-        save_every=20,
-        eval_every=0,
-        problems=4,
-        group=4,
-        max_tokens=5000,
-        reward_weights="code=1.0,accuracy=0.1",
-        kl_beta=0.04,
-        temperature=1.2,
-        temperature_end=0.7,
-        temperature_steps=1000,
-        lr=1e-6,
-        lr_schedule="cosine",
-        warmup=0.1,
-        weight_decay=0.001,
-        lora_rank=32,
-        lora_alpha=16,
-        rslora=True,
-        micro_tokens=16384,
-        gradient_checkpointing=True,
-        gpu_memory_utilization=0.5,
-    ),
-    # DeepMath-103K's DeepMath-Zero-7B; they trained all weights at 1e-6, here it is an adapter.
-    "zero": Config(
-        model="Qwen/Qwen2.5-7B",
-        agent=False,
-        prompt="r1-zero",
-        dataset="deepmath-103k",
-        steps=500,
-        save_every=10,
-        eval_every=0,
-        problems=512,
-        group=16,
-        minibatches=16,
-        max_tokens=10240,
-        reward_weights="accuracy=1.0,overlong=1.0",
-        skip_flat="accuracy",
-        epsilon_high=0.28,
-        temperature_end=None,
-        lr=1e-5,
-        warmup=0.02,
-        weight_decay=0.1,
-        lora_rank=32,
-        micro_tokens=16384,
-        gradient_checkpointing=True,
-        gpu_memory_utilization=0.5,
-    ),
+    "paper": Config(  # Intel's DeepMath; 1e-6 is published, ten times that is usual for LoRA
+        model="Qwen/Qwen3-4B-Thinking-2507", dataset="openmathreasoning",
+        steps=1000, save_every=20, eval_every=0, problems=4, group=4, max_tokens=5000,
+        reward_weights="code=1.0,accuracy=0.1", kl_beta=0.04,
+        temperature=1.2, temperature_end=0.7, temperature_steps=1000,
+        lr=1e-6, lr_schedule="cosine", warmup=0.1, weight_decay=0.001,
+        lora_rank=32, lora_alpha=16, rslora=True,
+        micro_tokens=16384, gradient_checkpointing=True, gpu_memory_utilization=0.5),
+    "zero": Config(  # DeepMath-Zero-7B; they trained all weights at 1e-6, here it is an adapter
+        model="Qwen/Qwen2.5-7B", agent=False, prompt="r1-zero", dataset="deepmath-103k",
+        steps=500, save_every=10, eval_every=0, problems=512, group=16, minibatches=16,
+        max_tokens=10240, reward_weights="accuracy=1.0,overlong=1.0", skip_flat="accuracy",
+        epsilon_high=0.28, temperature_end=None,
+        lr=1e-5, warmup=0.02, weight_decay=0.1, lora_rank=32,
+        micro_tokens=16384, gradient_checkpointing=True, gpu_memory_utilization=0.5),
 }
+# fmt: on
 
 
 # ---- Rewards: functions of a trace, whether its answer is right, and the flags
@@ -275,9 +236,7 @@ def reward_weights(config: Config) -> dict[str, float]:
         return {name: float(weight) for name, weight in pairs if REWARDS[name]}
     except (ValueError, KeyError):
         known = ", ".join(REWARDS)
-        raise UserError(
-            f"--reward-weights: write accuracy=1.0,code=0.1; there are {known}"
-        ) from None
+        raise UserError(f"--reward-weights: accuracy=1.0,code=0.1, of {known}") from None
 
 
 # ---- One step: advantages, logprobs, loss, update, sync
@@ -401,7 +360,7 @@ def update(model, optimizer, groups: list[list[Trace]], temperature: float, conf
         set_weights(traces, config)
         useful = [trace for trace in traces if trace.advantage or config.kl_beta]
         if useful:
-            useful.sort(key=lambda trace: len(trace.ids))
+            useful.sort(key=lambda trace: len(trace.prompt_ids) + len(trace.ids))
             mine = useful[team.rank :: team.size]
             plan.append(micro_batches(mine, config.micro_tokens))
 
@@ -466,31 +425,6 @@ def sync(agent: Agent, model, folder: Path, step: int) -> None:
     agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder))
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()  # its keys and values are the old adapter's
-
-
-# ---- What the step stands on
-
-
-def per_token(traces: list[Trace]):
-    """(the engine's logprob, advantage, weight) of each sampled token: (n, 3)."""
-    import torch
-
-    rows = []
-    for trace in traces:
-        for logprob, sampled in zip(trace.logprobs, trace.mask, strict=True):
-            if sampled:
-                rows.append((logprob, trace.advantage, trace.weight))
-    return torch.tensor(rows).view(-1, 3)
-
-
-def micro_batches(traces: list[Trace], budget: int) -> list[list[Trace]]:
-    """Traces in order of length, cut so that rows x longest row <= budget (or one row alone)."""
-    batches: list[list[Trace]] = []
-    for trace in traces:
-        if not batches or (len(batches[-1]) + 1) * len(trace.ids) > budget:
-            batches.append([])
-        batches[-1].append(trace)
-    return batches
 
 
 # ---- The schedule
@@ -559,54 +493,12 @@ def evaluate_policy(agent, grader, problems, config: Config, team) -> dict:
     return {"eval": sum(shares) / len(shares), "eval_low": low, "eval_high": high}
 
 
-# ---- The run's folder
-
-
-def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
-    """Everything that the next step depends on, in one file that is replaced as a whole."""
-    import torch
-    from peft import get_peft_model_state_dict
-
-    save_adapter(model, out / "last", torch.bfloat16)
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    work = out / "checkpoint.tmp"
-    try:
-        torch.save({**state, "adapter": weights, "optimizer": optimizer.state_dict()}, work)
-    except RuntimeError as error:  # torch's way to say that the disk is full
-        raise UserError(f"{work}: {first_line(error)}: make room, then --resume") from None
-    os.replace(work, out / "checkpoint.pt")
-
-
-def load_checkpoint(out: Path) -> dict:
-    """The state that was saved, {} without one. Raises UserError where it cannot be read."""
-    import torch
-
-    path = out / "checkpoint.pt"
-    if not path.exists():
-        return {}
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  torch raises what it likes for a damaged file
-        remedy = "the run cannot go on; its last adapter is in last/"
-        raise UserError(f"{path} is damaged ({first_line(error)}): {remedy}") from None
-
-
-def write_log(path: Path, row: dict) -> None:
-    """Append a row. The newline comes first: a row that a kill cut in two spoils no other.
-
-    A step that is done again after a kill has two rows; the later one counts.
-    """
-    with path.open("a", encoding="utf-8") as file:
-        file.write("\n" + json.dumps(row, ensure_ascii=False))
-
-
 def group_row(step: int, group: list[Trace], tokenizer) -> dict:
     """One group of a step, token by token, for extras/report.py."""
-    names = "mask logprobs old_logprobs rewards reward advantage weight answer finish".split()
-    traces = []
-    for trace in group:
-        tokens = [tokenizer.decode([i]) for i in trace.ids]
-        traces.append({"tokens": tokens, **{name: getattr(trace, name) for name in names}})
+    keep = "mask logprobs old_logprobs rewards reward advantage weight answer finish".split()
+    traces = [{name: getattr(trace, name) for name in keep} for trace in group]
+    for row, trace in zip(traces, group, strict=True):
+        row["tokens"] = [tokenizer.decode([token]) for token in trace.ids]
     problem = group[0].problem
     return {"step": step, "question": problem.question, "gold": problem.answer, "traces": traces}
 
@@ -700,7 +592,8 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], team
         row = {"step": step, **averages(groups), **stats, "temperature": temperature, "lr": lr}
         row["seconds_rollout"] = rolled_out - started
         row["seconds_update"] = time.monotonic() - rolled_out
-        row["memory_gib"] = memory_gib()
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row["memory_gib"] = (torch.cuda.max_memory_reserved() if has_cuda() else peak) / 2**30
         write_log(out / "metrics.jsonl", row)
         shown = max(groups, key=lambda group: any(trace.advantage for trace in group))
         write_log(out / "groups.jsonl", group_row(step, shown, agent.tokenizer))
@@ -756,28 +649,6 @@ def report_step(row: dict, steps: int) -> None:
         print(f"  warning: engine and trainer disagree by more than {limit} per token")
 
 
-def memory_gib() -> float:
-    """Peak so far: the GPU's where there is one, else the process's, engine included."""
-    if has_cuda():
-        import torch
-
-        return torch.cuda.max_memory_reserved() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def stop_on_ctrl_c() -> list:
-    """A list that is empty until the first Ctrl-C, which ends the run after its step."""
-    stop = []
-
-    def handler(*_):
-        stop.append(True)
-        print("finishing this step, then saving (again: abort now)", file=sys.stderr, flush=True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, handler)
-    return stop
-
-
 # ---- The command line
 
 FREE = """steps save_every eval_every wandb verbose batch gpu_memory_utilization micro_tokens
@@ -806,13 +677,9 @@ def read_config() -> Config:
 def check_config(config: Config) -> None:
     """Refuse in one line what cannot work."""
     if (config.top_p, config.top_k) != (1, 0):
-        raise UserError(
-            "training samples with --top-p 1 --top-k 0: a cut distribution biases the loss"
-        )
+        raise UserError("training needs --top-p 1 --top-k 0: a cut distribution biases the loss")
     if config.tensor_parallel > 1:
-        raise UserError(
-            "the model must fit one GPU beside its engine: torchrun grpo.py for more GPUs"
-        )
+        raise UserError("the model must fit one GPU beside its engine: use torchrun for more")
     one = "steps save_every problems minibatches epochs temperature_steps lora_rank micro_tokens"
     check_range(config, 1, math.inf, *one.split(), "eval_problems", "eval_n", "overlong_buffer")
     check_range(config, 2, math.inf, "group")
