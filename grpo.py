@@ -59,6 +59,7 @@ import contextlib
 import fcntl
 import json
 import math
+import os
 import random
 import resource
 import tempfile
@@ -76,7 +77,7 @@ from data import Problem, load_problems
 from engine import Team, compute_dtype, load_checkpoint, load_trainer, merge, micro_batches
 from engine import per_token, prepare_environment, resolve_model, save_adapter, save_checkpoint
 from engine import shared_prefix, take_rank
-from evaluate import CUT, interval_of
+from evaluate import CUT, interval
 from grade import Grader
 
 
@@ -489,7 +490,7 @@ def evaluate_policy(agent, grader, problems, config: Config, team) -> dict:
     groups = roll_out(agent, grader, problems, config.eval_n, config, team)
     agent.flags = training
     shares = [sum(t.rewards["accuracy"] for t in group) / len(group) for group in groups]
-    low, high = interval_of(shares)
+    low, high = interval(shares)
     return {"eval": sum(shares) / len(shares), "eval_low": low, "eval_high": high}
 
 
@@ -743,6 +744,7 @@ def main() -> int:
         if rank == 0:
             open_folder(config, stack)
         config = team.gather(config)[0]  # with rank 0's seed; what it refuses, nobody begins
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: the trainer needs room, too
         prepare_environment(config.verbose)
         return train(config, problems, held_out, team, stack)
 
