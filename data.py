@@ -251,8 +251,13 @@ def read_prompt(flags: AgentFlags) -> Prompt:
     style, _, file = (flags.few_shot or usual).partition(":")
     if style not in ("turns", "system", "none"):
         style, file = usual, flags.few_shot
-    if flags.prompt != "chat" or not flags.agent:
-        return read_prompt_file(flags.prompt if flags.prompt != "chat" else "plain", flags.agent)
+    if flags.prompt != "chat":
+        prompt = read_prompt_file(flags.prompt, flags.agent)
+        if flags.agent and CALL_OPEN not in str(prompt):
+            raise UserError(f"--prompt {flags.prompt} knows no tool: add --no-agent")
+        return prompt
+    if not flags.agent:
+        return read_prompt_file("plain", agent=False)
     prompt = read_prompt_file("turns" if style == "turns" else "agent", agent=True)
     if style == "none":
         return prompt
@@ -304,8 +309,6 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
         ) from None
     if place.count("{question}") != 1:
         raise UserError(f"--prompt {name}: it must hold {{question}} exactly once")
-    if agent and file.parent.name == "prompts" and CALL_OPEN not in str(found):
-        raise UserError(f"--prompt {name} knows no tool: add --no-agent")
     return prompt
 
 
