@@ -139,7 +139,7 @@ class Agent:
         try:
             while True:
                 # Start new traces where there is room.
-                room = min(slots - len(decoding), 4 * self.slots - len(running))
+                room = min(slots - len(decoding) - len(ready), 4 * self.slots - len(running))
                 ready += [self.begin(*job) for job in itertools.islice(jobs, max(0, room))]
                 if not (ready or decoding or running):
                     return
@@ -238,6 +238,10 @@ class Agent:
             trace.logprobs.append(row[token].logprob)
         if new.finish_reason == "stop" and new.stop_reason is None:
             text = text.removesuffix(self.tokenizer.eos_token)  # it ends the turn and is no text
+        if (
+            new.stop_reason == CALL_CLOSE
+        ):  # the last token may hold more than the tag: `>` and newline
+            text += self.tokenizer.decode(new.token_ids[-1:]).rpartition(">")[2]
         live.segment += text
         return text
 
@@ -265,8 +269,6 @@ class Agent:
         """Append a snippet's output, untrusted text, as tokens with mask 0; ends a full trace."""
         trace = live.trace
         trace.calls.append((snippet_in(live.segment), result))
-        # The tag's last token may hold more than the tag (">\n"): it was sampled, so it stays.
-        live.segment += self.tokenizer.decode(trace.ids[-1:]).rpartition(">")[2]
 
         # Encoded apart, so that nothing in the output becomes a control token; a fence inside it
         # would end the block. SPLIT goes first, for it could hide a fence.
