@@ -37,8 +37,8 @@ COPIES = [  # the test that must name it, the copy
     ),
     (
         "numbers",
-        "One train departs the station moving 60 miles per hour. Some 45 minutes afterwards another "
-        "train sets out behind it, doing 80 miles per hour. When, in hours, will it overtake?",
+        "One train departs the station moving 60 miles per hour. Some 45 minutes afterwards, one "
+        "more train sets out behind it, doing 80 miles per hour. When, in hours, will it overtake?",
     ),
 ]
 CLEAN = ["Compute $1/2 + 1/3$.", "In how many ways can 10 books be put into 2 boxes?"]

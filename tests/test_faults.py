@@ -51,6 +51,7 @@ def outcome(script: str, flags: list[str]) -> tuple[int | str, str]:
         for module in (agent, evaluate):
             patch.setattr(module, "open_agent", opened)
         patch.setattr(evaluate, "sample_all", opened)
+        patch.setattr(evaluate.subprocess, "run", opened)
         patch.setattr(grpo, "train", opened)
         try:
             with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
