@@ -52,8 +52,7 @@ if [ "$*" = "-m venv --clear .venv" ]; then rm -rf .venv; mkdir -p .venv/bin; cp
 
 
 @pytest.fixture
-def setup(tmp_path):
-    """A function that runs `make setup` by a stand-in for Python that fails as told."""
+def setup(tmp_path):  # by a stand-in for Python that fails as told
     for name in ("Makefile", "requirements.txt", LOCK):
         shutil.copy(ROOT / name, tmp_path)
     (tmp_path / "python").write_text(PYTHON)
