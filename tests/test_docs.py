@@ -1,7 +1,6 @@
 """What is written about the code is true; and the rule of tests/conftest.py."""
 
 import doctest
-import importlib
 import re
 import subprocess
 import sys
@@ -28,7 +27,7 @@ COMMANDS = sorted({found.groups() for text in PAGES.values() for found in COMMAN
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
-    assert not doctest.testmod(importlib.import_module(name)).failed
+    assert not doctest.testmod(__import__(name)).failed
 
 
 @lru_cache
