@@ -100,7 +100,7 @@ def test_gold_answers(value, answer):
 
 
 FILES = [
-    ("rows.jsonl", "", "no rows"),
+    ("rows.jsonl", "", "rows.jsonl"),
     ("rows.jsonl", "{", "cannot be read"),
     ("rows.jsonl", "null\n", "cannot be read"),
     ("rows.jsonl", '{"x": 1}\n', "--question-key"),
@@ -163,7 +163,8 @@ def test_the_generator_makes_the_file(tmp_path):
     make = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(make)
     lines = (ROOT / "problems" / "arithmetic.jsonl").read_text().splitlines()
-    assert [json.dumps(row) for row in make.rows()] == lines
+    rows = [row for split, n in make.SIZES.items() for row in make.arithmetic(split, n)]
+    assert [json.dumps(row) for row in rows] == lines
 
 
 # ---- Prompts
