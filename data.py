@@ -92,7 +92,7 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
     if name not in SETS and "/" not in name and Path(name).suffix not in FILES:
         names = ", ".join(sorted(SETS))
         raise UserError(
-            f"unknown dataset {name!r}: give {names}, a hub id, or a .jsonl/.json/.csv/.parquet file"
+            f"unknown dataset {name!r}: give {names}, a hub id or a .jsonl, .json, .csv, .parquet"
         )
     check_range(flags, 1, math.inf, "limit")
     conditions = [read_condition(text) for text in flags.where]
