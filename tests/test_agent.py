@@ -1,4 +1,4 @@
-"""The tool loop's corners on a scripted engine, and the command; test_engine.py has the real one."""
+"""The tool loop's corners on a scripted engine, and the command (real: test_engine.py)."""
 
 import contextlib
 import io
