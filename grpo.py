@@ -345,13 +345,12 @@ def policy_loss(new, old, vllm, A, c, config: Config):
 
 
 def update(model, optimizer, groups: list[list[Trace]], temperature: float, config: Config, team):
-    """The optimiser steps of one rollout: B groups of G traces. Returns what to log.
+    """The optimiser steps of one rollout: B groups of G traces, with their advantages set.
 
-    Every rank knows all traces, computes its share of them, and the gradients are added up.
+    Every rank knows all traces, computes its share of them, and the gradients are added up. Returns
+    what to log, {} where there was no gradient.
     """
     import torch
-
-    set_advantages(groups, config)
 
     # One optimiser step for each of the minibatches, whose traces are cut into micro-batches.
     plan: list[list[list[Trace]]] = []
@@ -568,6 +567,7 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], team
         rolled_out = time.monotonic()
 
         # ---- update
+        set_advantages(groups, config)
         lr = learning_rate(step, config)
         for setting in optimizer.param_groups:
             setting["lr"] = lr

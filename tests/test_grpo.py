@@ -128,6 +128,7 @@ class Recorder:
 def one_update(model, groups, **flags):
     recorder = Recorder(model)
     config = Config(**{"max_grad_norm": 1e9, "micro_tokens": 64, **flags})
+    grpo.set_advantages(groups, config)
     stats = grpo.update(model, recorder, groups, 0.8, config, Team())
     return stats, recorder.gradients
 
@@ -336,10 +337,12 @@ def test_first_update_has_ratio_one_and_later_ones_clip(tiny_folder):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=5.0)
     config = Config(micro_tokens=64, max_grad_norm=1e9)
-    stats = grpo.update(model, optimizer, make_groups(), 0.8, config, Team())
+    groups = make_groups()
+    grpo.set_advantages(groups, config)
+    stats = grpo.update(model, optimizer, groups, 0.8, config, Team())
     assert stats["clip_fraction"] == 0
     config = dataclasses.replace(config, minibatches=2, epochs=2, lr=5.0)
-    stats = grpo.update(model, optimizer, make_groups(), 0.8, config, Team())
+    stats = grpo.update(model, optimizer, groups, 0.8, config, Team())
     assert stats["clip_fraction"] > 0.05
 
 
