@@ -16,6 +16,7 @@ import json
 import math
 import random
 import re
+import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -112,8 +113,9 @@ def read_rows(place: str, split: str, flags: DataFlags):
                 raise ValueError("null is no row")  # the reader would crash, and Python with it
         # Streamed: nothing is cached. In one chunk: the first gives the columns their types.
         options = {} if kind == "parquet" else {"chunksize": 1 << 30}
-        options |= {"data_files": glob.escape(place), "split": "train"}
-        yield from datasets.load_dataset(kind, **options, streaming=True)
+        options |= {"data_files": glob.escape(place), "split": "train", "streaming": True}
+        with tempfile.TemporaryDirectory() as folder:  # a home may be read-only
+            yield from datasets.load_dataset(kind, cache_dir=folder, **options)
     except Exception as error:  # those of `datasets` and of what it calls share no base class
         raise UserError(f"{place} cannot be read: {first_line(error)} ({remedy})") from None
 
@@ -156,8 +158,8 @@ def matches(row: dict, condition: str) -> bool:
     """`topic=Algebra`: a column has the value, or a topic has it among its levels; `level=4-5`: the
     first number in it (`Level 5`) is in the range.
     """
-    key, _, want = condition.partition("=")
-    if key not in row:
+    key, equals, want = condition.partition("=")
+    if not equals or key not in row:
         raise UserError(f"--where {condition}: write it as level=4-5, of: {', '.join(row)}")
     number = r"(-?\d+(?:\.\d+)?)"
     bounds = re.fullmatch(f"{number}(?:-{number})?", want)
@@ -225,8 +227,7 @@ def read_examples(file: Path) -> list[tuple[str, str]]:
     form = r"\s*Question:\s*(.+?)\s*\n\n\s*(.+?)\s*"
     examples = [re.fullmatch(form, block, re.S) for block in blocks]
     if None in examples:
-        number = examples.index(None) + 1
-        raise UserError(f"{file}: example {number} is no `Question: ...`, blank line, solution")
+        raise UserError(f"{file}: example {examples.index(None) + 1} is not like fewshot.txt's")
     return [match.groups() for match in examples]
 
 
@@ -239,8 +240,7 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
     text = file.read_text(encoding="utf-8", errors="replace")
     try:
         found = json.loads(text) if file.suffix == ".json" else {"text": text, "stops": BASE_STOPS}
-        if isinstance(found, list):
-            found = {"messages": found}
+        found = {"messages": found} if isinstance(found, list) else found
         messages, text = tuple(found.get("messages", ())), found.get("text", "")
         question = text or messages[-1]["content"]
         if question.count("{question}") != 1:
