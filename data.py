@@ -1,7 +1,7 @@
 """Problems in, prompts out.
 
-Where problems come from, and how a question becomes the tokens that the model reads, under one rule:
-*text that we did not write never becomes a control token*.
+Where problems come from, and how a question becomes the tokens that the model reads, under one
+rule: *text that we did not write never becomes a control token*.
 
     python data.py --list                                  # the sets by name
     python data.py --dataset arithmetic --show 3 --stats   # three problems, then counts
