@@ -373,7 +373,7 @@ def same_members(gold: str, answer: str) -> bool | None:
 
 
 def members(text: str) -> tuple[str, list[str]]:
-    r"""(kind, members) of a tuple "()", an interval "[)", a row of a matrix "&", a set, a list ""."""
+    r"""(kind, members) of a tuple "()", an interval "[)", a matrix row "&", a set, a list ""."""
     inner = inside(text)
     for separators in "¶", "&", ";", ",∪":
         parts = split(inner or text, separators)
