@@ -349,14 +349,16 @@ def score(rows: list[dict], grader: Grader) -> Scored:
     clusters = vote([row["answer"] for row in rows], grader).clusters
     # The members of a cluster are equivalent, so the first one decides.
     votes = [(count, verdicts[places[0]].equal) for _, count, places in clusters]
-    measures = {"majority@n, %": 100 * majority(votes)}
-
+    right = sum(verdict.equal for verdict in verdicts)
+    n = len(rows)
+    k = min(4, n)
+    measures = {
+        "majority@n, %": 100 * majority(votes),
+        f"pass@{k}, %": 100 * pass_at(k, n, right),
+    }
     traces = [trace_measures(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
     for name in traces[0]:
         measures[name] = fmean(trace[name] for trace in traces)
-    right = sum(verdict.equal for verdict in verdicts)
-    k = min(4, len(rows))
-    measures[f"pass@{k}, %"] = 100 * pass_at(k, len(rows), right)
     return Scored(rows, verdicts, clusters, measures)
 
 
