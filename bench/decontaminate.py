@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 from cli import DataFlags, run_main  # noqa: E402
 from data import load_problems  # noqa: E402
 
-SIZE = 100_000
 rng = random.Random(0)
 WORDS: list[str] = []  # of all benchmarks
 WORD = r"(?<![\\\w])[A-Za-z]{4,}(?!\w)"
@@ -31,10 +30,6 @@ WORD = r"(?<![\\\w])[A-Za-z]{4,}(?!\w)"
 
 def questions(**flags) -> list[str]:
     return [p.question for p in load_problems(DataFlags(**flags), need_answer=False)]
-
-
-def other_numbers(text: str) -> str:
-    return re.sub(r"\d+", lambda m: str(rng.randrange(10 ** len(m[0]))), text)
 
 
 def markup(text: str) -> str:
@@ -60,8 +55,8 @@ def main() -> None:
         planted[change(text)] = change.__name__
     own = questions(split="train")
     rows = {*own, *planted}
-    while len(rows) < SIZE:
-        rows.add(other_numbers(rng.choice(own)))
+    while len(rows) < 100_000:
+        rows.add(re.sub(r"\d+", lambda m: str(rng.randrange(10 ** len(m[0]))), rng.choice(own)))
     with tempfile.TemporaryDirectory() as folder:
         train, clean = f"{folder}/train.jsonl", f"{folder}/clean.jsonl"
         lines = [json.dumps({"problem": row, "answer": "1"}) + "\n" for row in sorted(rows)]

@@ -1,12 +1,17 @@
 """Where problems come from, and how a question becomes tokens."""
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,6 +30,11 @@ ROWS = [
 
 def load(**flags):
     return load_problems(DataFlags(**flags))
+
+
+def python(*argv, **options):
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, **options)
 
 
 def questions(**flags):
@@ -68,12 +78,47 @@ def test_where_limit_and_shuffle(rows):
     assert questions(dataset=rows, shuffle=1, limit=2) == shuffled[:2]
 
 
-def test_a_file_that_changed_is_read_anew_and_needs_no_cache(rows, monkeypatch, tmp_path):
-    monkeypatch.setenv("HF_HOME", "/nosuch/place")
-    assert len(load(dataset=rows)) == 3
-    with open(rows, "a") as file:
-        file.write('{"problem": "4 + 4?", "answer": "8"}\n')
-    assert len(load(dataset=rows)) == 4
+def test_a_file_needs_no_cache_no_network_and_no_torch_and_is_read_anew(rows):
+    code = (
+        "import sys; from cli import DataFlags; from data import load_problems\n"
+        f"flags = DataFlags(dataset={rows!r})\n"
+        "before = len(load_problems(flags))\n"
+        'open(flags.dataset, \'a\').write(\'{"problem": "4?", "answer": "8"}\\n\')\n'
+        "print(before, len(load_problems(flags)), 'torch' in sys.modules)"
+    )
+    nowhere = {"HOME": "/dev/null/x", "HF_HOME": "/dev/null/y", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    done = python("-c", code, env={**os.environ, **nowhere})
+    assert (done.stdout, done.stderr) == ("3 4 False\n", "")
+
+
+def test_the_built_in_set_needs_no_library(rows):
+    code = (
+        "import sys, data; data.load_problems(data.DataFlags()); print('datasets' in sys.modules)"
+    )
+    assert python("-c", code).stdout == "False\n"
+
+
+def test_names_of_files_are_no_patterns(tmp_path, rows):
+    odd = tmp_path / "a[1] *.jsonl"
+    odd.write_text(Path(rows).read_text())
+    (tmp_path / "a1 b.jsonl").write_text("{")
+    assert len(load(dataset=str(odd))) == 3
+
+
+def test_answers_of_one_column_may_be_of_several_types(tmp_path):
+    path = tmp_path / "rows.jsonl"  # beyond 10 MB: the library's usual chunk
+    filler = "".join(
+        json.dumps({"problem": f"{i} {'x' * 10_000}?", "answer": i}) + "\n" for i in range(1100)
+    )
+    path.write_text(filler + '{"problem": "half?", "answer": "1/2"}\n')
+    answers = [problem.answer for problem in load(dataset=str(path))]
+    assert answers[7] == "7" and answers[-1] == "1/2"
+
+
+def test_dates_become_text(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"problem": "1?", "answer": "1", "date": "2025-02-03"}\n')
+    assert json.dumps(load(dataset=str(path))[0].meta).startswith('{"date": "2025-02-03')
 
 
 def test_columns_by_name_and_chats(tmp_path):
@@ -100,15 +145,27 @@ def test_gold_answers(value, answer):
 
 
 FILES = [
-    ("rows.jsonl", "", "no rows"),
+    ("rows.jsonl", "", "cannot be read"),
+    ("rows.jsonl", "\n\n", "no rows"),
     ("rows.jsonl", "{", "cannot be read"),
-    ("rows.jsonl", "null\n", "cannot be read"),
+    ("rows.jsonl", '{"problem": "1?", "answer": "1"}\n{"probl', "cannot be read"),
+    ("rows.jsonl", "null\n", "cannot be read"),  # these three: the reader itself would crash
+    ("rows.jsonl", "\ufeff null", "cannot be read"),
+    ("rows.json", '[null, {"problem": "1?"}]', "cannot be read"),
+    ("rows.jsonl", "\0" * 1000, "cannot be read"),
+    ("rows.jsonl", "[1, 2]", "no question column"),
+    ("rows.jsonl", "5", "cannot be read"),
+    ("rows.jsonl", '{"problem": "\\ud800", "answer": "1"}', "cannot be read"),
+    ("rows.jsonl", '{"problem": "x", "answer": 1180591620717411303424}', "in quotes"),
     ("rows.jsonl", '{"x": 1}\n', "--question-key"),
     ("rows.jsonl", '{"problem": "1 + 1?"}\n', "--answer-key"),
     ("rows.jsonl", '{"problem": "", "answer": "1"}\n', "empty question"),
     ("rows.jsonl", '{"problem": "x", "answer": " "}\n', "empty answer"),
     ("rows.json", "{}", "rows.json"),
     ("rows.csv", "", "cannot be read"),
+    ("rows.csv", "problem,answer\n", "no rows"),
+    ("rows.csv", "problem,answer\n1?,1,2\n", "more cells"),
+    ("rows.csv", "problem,answer\n1?,1\n2?,1,2\n", "cannot be read"),
     ("rows.parquet", "not parquet", "cannot be read"),
     ("rows.txt", "x", "unknown dataset"),
 ]
@@ -129,7 +186,7 @@ def test_other_mistakes_are_one_line(rows, tmp_path):
         ({"dataset": "nosuch"}, "unknown dataset"),
         ({"dataset": rows, "limit": 0}, "--limit"),
         ({"dataset": rows, "where": ("level",)}, "--where"),
-        ({"dataset": rows, "where": ("nosuch=1",)}, "no column"),
+        ({"dataset": rows, "where": ("nosuch=1",)}, "of: problem, answer, level, topic"),
         ({"dataset": rows, "where": ("level=9",)}, "no rows"),
         ({"dataset": "arithmetic", "split": "nosuch"}, "no rows"),
     ):
@@ -145,25 +202,100 @@ def test_no_network_is_one_line(monkeypatch, tmp_path):
     assert b"UserError: HuggingFaceH4/MATH-500 cannot be read" in done.stderr
 
 
+# ---- The built-in set
+
+
 def test_the_built_in_set():
     test, train = load(dataset="arithmetic"), load(dataset="arithmetic", split="train")
     assert (len(test), len(train)) == (200, 2000)
     assert not {p.id for p in test} & {p.id for p in train}
     assert test[0].question == "Calculate 11 * 85." and test[0].answer == "935"
-    for problem in train[:30]:  # the solutions print their answers
-        code = problem.meta["solution"].split("<tool_call>\n")[1].split("\n</tool_call>")[0]
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert done.stdout.strip() == problem.answer
+    families = Counter((p.meta["family"], p.meta["difficulty"]) for p in train)
+    assert len(families) == 45 and min(families.values()) >= 44
 
 
-def test_the_generator_makes_the_file(tmp_path):
-    import importlib.util
+def test_the_generator_makes_the_file_byte_for_byte(tmp_path):
+    done = python("extras/make_arithmetic.py", tmp_path / "made.jsonl")
+    assert done.returncode == 0, done.stderr
+    file = ROOT / "problems" / "arithmetic.jsonl"
+    assert (tmp_path / "made.jsonl").read_bytes() == file.read_bytes()
+    assert file.stat().st_size < 2_000_000
 
-    spec = importlib.util.spec_from_file_location("make", ROOT / "extras" / "make_arithmetic.py")
-    make = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make)
-    lines = (ROOT / "problems" / "arithmetic.jsonl").read_text().splitlines()
-    assert [json.dumps(row) for row in make.rows()] == lines
+
+def numbers(text):
+    return [int(n) for n in re.findall(r"\d+", text)]
+
+
+def range_sum(q):
+    *k, low, high = numbers(q)
+    power = 1 + ("squares" in q) + 2 * ("cubes" in q)
+    return sum(n**power for n in range(low, high + 1) if n % (k or [1])[0] == 0)
+
+
+def fraction(q):
+    parts = re.findall(r"\\frac\{(\d+)\}\{(\d+)\}", q)
+    value = Fraction(*map(int, parts[0]))
+    for op, part in zip(re.findall(r"\} (\S+) \\frac", q), parts[1:], strict=True):
+        other = Fraction(*map(int, part))
+        value = {"+": value + other, "-": value - other, "\\times": value * other}[op]
+    return value
+
+
+def equation(q):
+    text = re.search(r"\d+(?:x|\().* = (?:-?\d+x [-+] \d+|-?\d+)", q)[0]
+    left, right = map(sympy.sympify, re.sub(r"(\d)([x(])", r"\1*\2", text).split("="))
+    return sympy.solve(left - right)[0]
+
+
+def system(q):
+    lines, target = re.fullmatch(r"If (.*), what is (.*)\?", q).groups()
+    sides = re.sub(r"(\d)([xy])", r"\1*\2", lines).replace(" and ", " = ").split(" = ")
+    a, b, c, d = map(sympy.sympify, sides)
+    return sympy.sympify(target).subs(sympy.solve([a - b, c - d]))
+
+
+def shopping(q):
+    a, b, c, d, *e = numbers(q)
+    if "How much more" in q:
+        return c * a - d * b
+    return a - b * c - d * e[0] if e else a * b + c * d
+
+
+def sharing(q):
+    a, b, c = numbers(q)
+    return a * b - c if "gives away" in q else a * b % c if "shares" in q else a * b + c
+
+
+def travel(q):
+    a, b, c, d = numbers(q)
+    return Fraction(a * b + c * d, b + d) if "average" in q else a * b + c * d
+
+
+AGAIN = {  # the answer from the wording alone: the file's is what a snippet printed
+    "product": lambda q: math.prod(numbers(q)),
+    "sum": lambda q: sympy.sympify(re.search(r"\d[-+ \d]*\d", q)[0]),
+    "remainder": lambda q: numbers(q)[0] - numbers(q)[0] // numbers(q)[1] * numbers(q)[1],
+    "power": lambda q: numbers(q)[0] ** numbers(q)[1] % numbers(q)[2],
+    "gcd_lcm": lambda q: (sympy.igcd if "divisor" in q else sympy.ilcm)(*numbers(q)),
+    "range_sum": range_sum,
+    "divisors": lambda q: sympy.divisor_count(*numbers(q)),
+    "primes": lambda q: sympy.primepi(numbers(q)[1]) - sympy.primepi(numbers(q)[0] - 1),
+    "fraction": fraction,
+    "equation": equation,
+    "system": system,
+    "digits": lambda q: sum(map(int, str(numbers(q)[0] ** numbers(q)[1]))),
+    "shopping": shopping,
+    "sharing": sharing,
+    "travel": travel,
+}
+
+
+@pytest.mark.parametrize("family", AGAIN)
+def test_answers_computed_again_from_the_wording(family):
+    both = load(dataset="arithmetic") + load(dataset="arithmetic", split="train")
+    for problem in (p for p in both if p.meta["family"] == family):
+        assert str(AGAIN[family](problem.question)) == problem.answer, problem
+        assert problem.meta["solution"].endswith(f"\\boxed{{{problem.answer}}}.")
 
 
 # ---- Prompts
@@ -196,6 +328,31 @@ def test_our_prompts(tok):
     assert not plain.agent and "\\boxed{}" in plain.messages[-1]["content"]
     text = tok.decode(render_prompt(tok, plain, "What is 1 {x}?"))
     assert "What is 1 {x}?" in text and text.endswith("<|im_start|>assistant\n")
+
+
+def test_few_shot_choices(tmp_path):
+    mine = tmp_path / "mine.txt"
+    mine.write_text("Question: q1\n\ns1\n\n---\n\nQuestion: q2\n\ns2a\n\ns2b\n")
+    turns = read_prompt(AgentFlags(model="x/y", few_shot=f"turns:{mine}"))
+    assert [m["content"] for m in turns.messages[1::2]] == ["s1", "s2a\n\ns2b"]
+    cue = turns.messages[-1]["content"].replace("{question}", "")
+    assert turns.messages[0]["content"] == "q1" + cue and "Python" in cue
+    system = read_prompt(AgentFlags(model="x/y", few_shot=str(mine)))
+    assert "Question: q1\n\ns1\n\n---" in system.messages[0]["content"]
+    for text in ("no question\n\nx", "Question: alone", "", "Question: q\n\ns\n---\nx"):
+        mine.write_text(text)
+        with pytest.raises(UserError, match="mine.txt: example"):
+            read_prompt(AgentFlags(few_shot=str(mine)))
+
+
+def test_the_examples_are_right_and_not_in_the_built_in_set():
+    examples = data.read_examples(ROOT / "fewshot.txt")
+    known = {p.id for split in ("train", "test") for p in load(split=split)}
+    assert len(examples) == 4 and not known & {data.problem_id(q) for q, _ in examples}
+    form = r".*<tool_call>\n(.*)\n</tool_call>\n```output\n(.*)\n```\nThe answer is \\boxed{\2}."
+    for _, solution in examples:
+        code, shown = re.fullmatch(form, solution, re.S).groups()
+        assert python("-c", code).stdout.strip() == shown
 
 
 @pytest.mark.parametrize("name", ["r1-zero", "orz", "simplerl", "qwen-boxed", "r1-distill"])
