@@ -56,9 +56,9 @@ def parquet(rows) -> bytes:
 def dataset_files(name: str) -> dict[str, bytes]:
     split, row = TABLES[name]
     rows = []
-    for i in range(3):
-        rows.append({k: v.replace("{i}", str(i)) if type(v) is str else v for k, v in row.items()})
-    rows += [rows[0] | other for other in OTHERS.get(name, [])]
+    for i, other in enumerate([{}, {}, {}, *OTHERS.get(name, [])]):
+        filled = {k: v.replace("{i}", str(i)) if type(v) is str else v for k, v in row.items()}
+        rows.append(filled | other)
     files = {f"data/{split}-00000-of-00001.parquet": parquet(rows)}
     if name == "openai/gsm8k":  # two configurations, so that one must be named
         files = {"main/1.parquet": parquet(rows), "other/1.parquet": parquet(rows[:1])}
