@@ -42,7 +42,8 @@ import tyro
 from cli import AgentFlags, UserError, check_range, go_offline_without_hub, parse, run_main
 from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
 from data import disarm, encode, problem_id, read_prompt, render_prompt
-from engine import context_length, load_engine, load_tokenizer, prepare_environment, resolve_model
+from engine import adapter_config, context_length, load_engine, load_tokenizer
+from engine import prepare_environment, resolve_model
 from grade import extract_answer, vote
 from sandbox import Result, Sandbox, SandboxError, Session
 
@@ -348,6 +349,8 @@ def check_flags(flags: AgentFlags) -> Prompt:
     check_range(flags, 0, math.inf, "top_k", "max_calls")
     check_range(flags, 1, math.inf, "max_tokens", "batch", "tensor_parallel")
     check_range(flags, 1e-3, 3600, "snippet_seconds")
+    if flags.lora not in (None, "none"):
+        adapter_config(flags.lora)
     return read_prompt(flags)
 
 

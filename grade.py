@@ -268,7 +268,7 @@ def rounds(decimal: Fraction | Decimal, exact: Fraction | Decimal) -> bool:
 
 
 def same(gold: str, answer: str) -> bool:
-    """Whether an answer is equivalent to the gold answer. May hang or raise anything: see Grader."""
+    """Whether an answer is equivalent to the gold one. May hang or raise anything: see Grader."""
     gold, answer = tidy(gold), tidy(answer)
     for rule in RULES:
         verdict = rule(gold, answer)
@@ -469,7 +469,7 @@ OPERATIONS = "sin|cos|tan|log|ln|sqrt|sum|int|prod|cdot|times|pm|mp|infty|le|ge|
 
 
 def is_name(text: str) -> bool:
-    r"""x, a_{37}, f(2), (p, q), |AB|, \overline{AB}, S:V, \Delta p: a quantity, and no operation."""
+    r"""x, a_{37}, f(2), (p, q), |AB|, \overline{AB}, S:V, \Delta p: a quantity, no operation."""
     text = re.sub(r"(?<=[A-Za-z}'])\([^()]*\)", "", text.replace(" ", ""))  # arguments
     text = re.sub(rf"_\{{[^{{}}]*\}}|\\text\{{[^{{}}]*\}}|\\(?!{OPERATIONS})[A-Za-z]+", "x", text)
     return re.fullmatch(r"[A-Za-z(),:/|{}'°]+", text) is not None
@@ -538,7 +538,7 @@ def exactly(found):
 
 
 def same_formula(gold: str, answer: str) -> bool:
-    """Two texts without structure for the rules: formulas, equations, inequalities, matrices, sets."""
+    """Two texts without structure: formulas, equations, inequalities, matrices, sets."""
     import sympy
     from math_verify import verify
 
@@ -585,7 +585,7 @@ def same_equation(x, y) -> bool:
 
 
 def at_random_points(x, y):
-    """The values of two expressions (30 digits) at the same rational points, where both have one."""
+    """The values of two expressions (30 digits) at the same points, where both have one."""
     import sympy
 
     rng = random.Random(0)
@@ -843,7 +843,8 @@ def main() -> None:
     right = sum(row["correct"] for row in rows)
     undecided = {status: counts[status] for status in counts if status not in ("ok", "none")}
     print(
-        f"{right} of {len(rows)} right, {100 * right / len(rows):.1f} %; {counts['none']} without an answer"
+        f"{right} of {len(rows)} right, {100 * right / len(rows):.1f} %; "
+        f"{counts['none']} without an answer"
     )
     print(f"could not be compared: {undecided or 0}\nwritten: {out}")
 

@@ -1,6 +1,7 @@
 """Take out of a training set what stands in benchmarks, word for word or nearly so.
 
-    python extras/decontaminate.py --dataset deepmath-103k --against math500,aime,amc23 --out clean.jsonl
+    python extras/decontaminate.py --dataset deepmath-103k --against math500,aime,amc23 --out
+    clean.jsonl
 
 A question becomes a list of tokens (words, numbers, operators; LaTeX's spacing, fonts and synonyms
 are gone). It is removed when it meets a benchmark question by one of four tests, in this order:
@@ -12,8 +13,8 @@ are gone). It is removed when it meets a benchmark question by one of four tests
   numbers  the same numbers in the same order (three, or ten digits), and at least --overlap of the
            words longer than three letters: reworded
 
-OUT.removed.jsonl has the removed rows with match, test and value: read it, a threshold is a judgement.
-Left out: translations, the same wording with other numbers, LLM judges.
+OUT.removed.jsonl has the removed rows with match, test and value: read it, a threshold is a
+judgement. Left out: translations, the same wording with other numbers, LLM judges.
 """
 
 import json

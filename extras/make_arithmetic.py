@@ -2,10 +2,11 @@
 
     python extras/make_arithmetic.py problems/arithmetic.jsonl
 
-Fifteen families in three difficulties, in turn. extras/arithmetic.txt holds their wordings (several:
-a model trained on one learns the wording, not the tool), each with the snippet that solves it; here
-a function per family draws the numbers: (random generator, difficulty) -> values by name. The answer
-is what the snippet prints. The seeds are fixed, so every run writes the same bytes.
+Fifteen families in three difficulties, in turn. extras/arithmetic.txt holds their wordings
+(several: a model trained on one learns the wording, not the tool), each with the snippet that
+solves it; here a function per family draws the numbers: (random generator, difficulty) -> values by
+name. The answer is what the snippet prints. The seeds are fixed, so every run writes the same
+bytes.
 """
 
 import contextlib

@@ -10,7 +10,9 @@ IN_CI = os.environ.get("DEEPMATH_CI") == "1"
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder named by DEEPMATH_DATA, with the benchmark files that are too big or not ours to keep here."""
+    """The folder named by DEEPMATH_DATA, with the benchmark files that are too big or not ours to
+    keep here.
+    """
     folder = os.environ.get("DEEPMATH_DATA")
     if not folder:
         pytest.skip("needs data files: set DEEPMATH_DATA to their folder")
@@ -40,7 +42,7 @@ def pytest_runtest_makereport(item):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    report = yield  # a file that skips as a whole (importorskip) has no items, hence no markers to look at
+    report = yield  # a file that skips as a whole has no items, hence no markers
     if IN_CI and report.skipped:
         _fail(report, "a whole test file was skipped")
     return report

@@ -67,8 +67,7 @@ class Record:
 
 
 class FakeEngine:
-    """Plays scripts[question] token by token, then the end of text; one token per request and step.
-    """
+    """Plays scripts[question] token by token, then the end; one token per request and step."""
 
     def __init__(self, tok, prompt: Prompt, scripts: dict[str, list[int]], max_len: int):
         self.tok, self.max_len = tok, max_len
@@ -200,8 +199,7 @@ class FakeBox:
 
 
 def sampled_ids(tok, *parts) -> list[int]:
-    """What a model would sample for these texts, tags as tokens where there are any; ints are ids.
-    """
+    """What a model would sample for these texts, tags as tokens if there are any; ints are ids."""
     ids = []
     for part in parts:
         ids += [part] if isinstance(part, int) else tok.encode(part, add_special_tokens=False)
@@ -209,8 +207,7 @@ def sampled_ids(tok, *parts) -> list[int]:
 
 
 def play(tok, scripts, box=None, slots=64, max_len=4096, samples=1, prompt=AGENT_PROMPT, **flags):
-    """One trace per question (each script a text, or ids), checked; (traces by question, engine).
-    """
+    """A trace per question (a script is a text, or ids), checked; (traces by question, engine)."""
     on_event = flags.pop("on_event", None)
     scripts = {"q": scripts} if isinstance(scripts, (str, list)) else scripts
     scripts = {q: s if isinstance(s, list) else sampled_ids(tok, s) for q, s in scripts.items()}

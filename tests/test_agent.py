@@ -1,5 +1,4 @@
-"""The tool loop's corners on a scripted engine, and the command. The real engine: test_engine.py.
-"""
+"""The tool loop's corners on a scripted engine, and the command (real: test_engine.py)."""
 
 import contextlib
 import io
@@ -92,8 +91,7 @@ def test_closing_tags_that_close_nothing(tok):
 
 @pytest.mark.parametrize("tail", ["\n", "\n\n"])
 def test_a_token_that_carries_more_than_the_closing_tag(tokenizers_, tail):
-    """`>` and newline are one token here: it was sampled, so it stays, and no second newline comes.
-    """
+    """`>` and newline are one token here: it was sampled and stays, and no other newline comes."""
     tok = tokenizers_["plain"]
     trace = one(tok, CALL + tail + "So \\boxed{42}.")
     assert f"</tool_call>{tail[:1]}```output\n42" in trace.text

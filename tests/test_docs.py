@@ -1,87 +1,70 @@
-"""What is written about the code: the examples in the docstrings run, and the commands of the README, the docstrings and the
-Makefile have flags that exist."""
+"""What is written about the code is true; and the rule of tests/conftest.py."""
 
 import doctest
 import re
-import shlex
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
-from test_faults import outcome
 
-import agent
-import data
-import evaluate
-import grpo
-
+pytest_plugins = "pytester"
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ("data.py", "sandbox.py", "agent.py", "evaluate.py", "grpo.py")
+MODULES = sorted(file.stem for file in ROOT.glob("*.py"))
+WRITTEN = ("*.md", "bench/*.md", "Makefile", "*.py", "extras/*.py", "bench/*.py")
 
 
-@pytest.mark.parametrize("module", [data, agent, evaluate, grpo], ids=lambda m: m.__name__)
-def test_examples_in_docstrings(module):
-    failed, tried = doctest.testmod(module)
-    assert tried and not failed
+def prose(file: Path) -> str:  # of a script its docstring
+    text = file.read_text().replace("$(PY)", "python").replace("\\\n", " ")
+    return text.split('"""')[1] if file.suffix == ".py" else text
 
 
-def refuse(*_):
-    raise data.UserError("no hub in this test")
+PAGES = {file: prose(file) for pattern in WRITTEN for file in sorted(ROOT.glob(pattern))}
+COMMAND = re.compile(r"(?:python|torchrun)\b[^\n#`|&]*?((?:\w+/)?\w+\.py)\b([^\n#`|>&]*)")
+COMMANDS = sorted({found.groups() for text in PAGES.values() for found in COMMAND.finditer(text)})
 
 
-def commands() -> list[str]:
-    texts = [
-        (ROOT / "README.md").read_text(),
-        (ROOT / "Makefile").read_text().replace("$(PY)", "python").replace("\\\n", " "),
-    ]
-    while "$(" in texts[1]:  # a variable or a function of make: any word
-        texts[1] = re.sub(r"\$\((\w+ )?[^()]*\)", lambda m: "" if m[1] else "x", texts[1])
-    texts += [
-        path.read_text().split('"""')[1]
-        for path in [*(ROOT / s for s in SCRIPTS), *sorted((ROOT / "extras").glob("*.py"))]
-    ]
-    found = [
-        m[0]
-        for text in texts
-        for m in re.finditer(r"(?:python|torchrun)\b[^\n#`|&]*\.py\b[^\n#`|>&]*", text)
-    ]
-    return sorted({c.strip() for c in found})
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings_run(name):
+    assert not doctest.testmod(__import__(name)).failed
 
 
-@pytest.mark.parametrize("command", commands())
-def test_flags_of_written_commands_exist(command, tmp_path, monkeypatch):
-    words = (
-        shlex.split(re.sub(r'(?<= )-c "', '"', command))
-        if command.count('"') % 2 == 0
-        else command.split()
-    )
-    at = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    script, flags = words[at], words[at + 1 :]
-    if words[0] == "torchrun":
-        assert not any(
-            word.startswith("--n") and word not in ("--nproc-per-node", "--nnodes")
-            for word in words[:at]
-        )
-    assert (ROOT / script).is_file(), command
-    if script in SCRIPTS and script != "sandbox.py":
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(data, "_hub_rows", refuse)
-        monkeypatch.setattr(grpo, "resolve_model", refuse)
-        monkeypatch.setattr(evaluate, "ablation", refuse)
-        said = outcome(script, flags)[1]
-    else:  # the help text names every flag of the tool
-        text = subprocess.run(
-            [sys.executable, str(ROOT / script), "--help"],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        ).stdout
-        said = "".join(
-            f"unrecognized {flag}" for flag in flags if flag.startswith("--") and flag not in text
-        )
-    assert not re.search("unrecognized|invalid|expected|ambiguous", said), (command, said)
+@lru_cache
+def help_of(script: str) -> str:
+    return subprocess.check_output([sys.executable, script, "--help"], cwd=ROOT, text=True)
 
 
-def test_commands_are_found():
-    assert len(commands()) > 30 and any(c.startswith("torchrun") for c in commands())
+@pytest.mark.parametrize("script, rest", COMMANDS, ids=str)
+def test_flags_of_written_commands_exist(script, rest):
+    flags = re.findall(r"(?<!\S)--[a-z][\w-]*", rest)
+    assert set(flags) <= set(re.findall(r"--[a-z][\w-]*", help_of(script) if flags else ""))
+
+
+def test_written_commands_are_found():
+    targets = {name for text in PAGES.values() for name in re.findall(r"`make ([a-z-]+)", text)}
+    assert len(COMMANDS) > 25 and len(targets) > 3
+    assert targets <= set(re.findall(r"^([a-z-]+):", PAGES[ROOT / "Makefile"], re.M))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_named_exist(page):
+    for name in re.findall(r"(?<![\w/.)-])[\w./-]+\.(?:py|md)\b", PAGES[page]):
+        places = [ROOT, page.parent, ROOT / "bench", ROOT / "extras", ROOT / "tests"]
+        assert any((place / name).exists() for place in places), name
+
+
+def test_line_counts_of_the_reading_order():
+    written = dict(re.findall(r"^\| `(\w+\.py)` \| (\d+) \|", PAGES[ROOT / "README.md"], re.M))
+    assert written.keys() == {f"{name}.py" for name in MODULES}
+    for name, count in written.items():
+        assert abs(int(count) / len((ROOT / name).read_text().splitlines()) - 1) < 0.05, name
+
+
+def test_a_skipped_engine_test_fails_ci(pytester, monkeypatch):
+    monkeypatch.setenv("DEEPMATH_CI", "1")
+    pytester.makeconftest((ROOT / "tests/conftest.py").read_text())
+    one = "import pytest\n@pytest.mark.engine\ndef test(): pytest.skip('why')"
+    pytester.makepyfile(test_one=one, test_all="import pytest\npytest.importorskip('nowhere')")
+    done = pytester.runpytest_subprocess("--continue-on-collection-errors")
+    done.assert_outcomes(failed=1, errors=1)
