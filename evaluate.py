@@ -7,9 +7,9 @@ r"""Evaluation: run a benchmark, put the answers to the vote, measure, compare.
     python evaluate.py --ablation --out runs/ablation    # the paper's four rows
     torchrun --nproc-per-node 8 -- evaluate.py --dataset math500    # every GPU takes its share
 
-A run is a folder: config.json says what was asked for, and each trace becomes a line of traces.jsonl
-the moment it ends. After a kill the same command goes on with what is missing. Verdicts are made
-anew by grade.py for every report. From n traces of each problem:
+A run is a folder: config.json says what was asked for, and each trace becomes a line of
+traces.jsonl the moment it ends. After a kill the same command goes on with what is missing.
+Verdicts are made anew by grade.py for every report. From n traces of each problem:
 
     majority@n   equivalent answers (10 and 10.0) vote together, the answer with most votes counts
                  (self-consistency, Wang et al. 2022, arXiv 2203.11171). Traces without an answer
