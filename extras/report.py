@@ -262,6 +262,7 @@ def page(runs: list[Run], markdown: str, more: str, svg: str, most: int) -> str:
     problems, packed = page_data(runs, most)
     template = Environment(autoescape=True).from_string((HERE / "report.html").read_text())
     return template.render(
+        title="Evaluation: " + ", ".join(run.config["name"] for run in runs),
         names=[run.config["name"] for run in runs],
         colours=[COLOURS[i % len(COLOURS)] for i in range(len(runs))],
         datasets=list(dict.fromkeys(problem["dataset"] for problem in problems)),
