@@ -117,7 +117,6 @@ class Config(Start, DataFlags, AgentFlags):
     """Traces of each of them."""
     eval_dataset: str | None = None
     """Hold out nothing, evaluate on this set's first problems instead."""
-
     # the method
     problems: int = 8
     """Problems of a step (B)."""
@@ -153,7 +152,6 @@ class Config(Start, DataFlags, AgentFlags):
     """And of step --temperature-steps, linear in between; None is no schedule."""
     temperature_steps: int = 40
     """Steps from one to the other."""
-
     # optimiser and adapter
     lr: float = 3e-4
     """Learning rate; LoRA wants about ten times that of full fine-tuning."""
@@ -177,7 +175,6 @@ class Config(Start, DataFlags, AgentFlags):
     """Less memory, more time; excludes the shared prefix."""
     sleep: bool = False
     """The engine's weights leave the GPU during an update: for cards that cannot hold both."""
-
     # where the other scripts have other defaults
     model: str = "embedded"
     lora: str | None = "none"
