@@ -2,7 +2,7 @@
 
     python extras/published_metrics.py runs/agent runs/baseline
 
-IntelLabs/DeepMath (deep_math/metrics.py) parses the whole text with math-verify, outputs of tools
+IntelLabs/DeepMath (its module of metrics) parses the whole text with math-verify, outputs of tools
 included, so that an answer needs no box; it votes by the parsed answer's spelling, where «nothing
 found» is a candidate like any other and the first of a tie wins; its lengths count all tokens
 (Qwen3's for every model; here the model's own, as the trace has them). Only the sampling is ours.
