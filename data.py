@@ -1,6 +1,6 @@
 """Problems in, prompts out.
 
-Where problems come from, and how a question becomes the tokens that the model reads, under one rule:
+Where problems come from, and how a question becomes the tokens that a model reads, under one rule:
 *text that we did not write never becomes a control token*.
 
     python data.py --list                                  # the sets by name
@@ -237,8 +237,8 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
     """
     ours = HERE / "prompts" / f"{name}.json"
     file = ours if ours.is_file() else Path(name)
-    text = file.read_text(encoding="utf-8", errors="replace")
     try:
+        text = file.read_text(encoding="utf-8", errors="replace")
         found = json.loads(text) if file.suffix == ".json" else {"text": text, "stops": BASE_STOPS}
         found = {"messages": found} if isinstance(found, list) else found
         messages, text = tuple(found.get("messages", ())), found.get("text", "")
@@ -246,7 +246,7 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
         if question.count("{question}") != 1:
             raise ValueError("{question} must be in it once, in the last message")
         return Prompt(agent, messages, text, tuple(found.get("stops", ())))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"--prompt {name}: {first_line(error)}; see those in prompts/") from None
 
 
