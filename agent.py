@@ -237,12 +237,12 @@ class Agent:
             trace.ids.append(token)
             trace.mask.append(1)
             trace.logprobs.append(row[token].logprob)
-        if new.finish_reason == "stop" and new.stop_reason is None:
+        if trace.ids[-1:] == [self.tokenizer.eos_token_id]:
             text = text.removesuffix(self.tokenizer.eos_token)  # it ends the turn and is no text
         if (
             new.stop_reason == CALL_CLOSE
         ):  # the last token may hold more than the tag: `>` and newline
-            text += self.tokenizer.decode(new.token_ids[-1:]).rpartition(">")[2]
+            text += self.tokenizer.decode(new.token_ids[-1:]).partition(">")[2]
         live.segment += text
         return text
 

@@ -7,9 +7,9 @@ r"""Evaluation: run a benchmark, put the answers to the vote, measure, compare.
     python evaluate.py --ablation --out runs/ablation    # the paper's four rows
     torchrun --nproc-per-node 8 -- evaluate.py --dataset math500    # every GPU takes its share
 
-A run is a folder. config.json says what was asked for, and each trace becomes one line of
-traces.jsonl the moment it ends, so after a kill the same command goes on with what is missing.
-Verdicts are not kept: grade.py makes them anew for every report. For n traces of each problem:
+A run is a folder: config.json says what was asked for, and each trace becomes a line of
+traces.jsonl the moment it ends. After a kill the same command goes on with what is missing.
+Verdicts are made anew by grade.py for every report. From n traces of each problem:
 
     majority@n   equivalent answers (10 and 10.0) vote together, the answer with most votes counts
                  (self-consistency, Wang et al. 2022, arXiv 2203.11171). Traces without an answer
@@ -18,9 +18,8 @@ Verdicts are not kept: grade.py makes them anew for every report. For n traces o
     pass@k       chance that one of k traces or more is right, without bias from n >= k of them
                  (Chen et al. 2021, arXiv 2107.03374, eq. 1)
     tokens       of a trace: those that the model wrote; `all tokens` has inserted outputs too
-    [low, high]  95 % interval by bootstrap over problems (Efron 1979, percentiles): what other
-                 problems of the same kind would change. The difference of two runs is taken
-                 problem by problem, so that hard problems do not widen it.
+    [low, high]  95 % interval by bootstrap over problems (Efron 1979, percentiles). Two runs are
+                 compared problem by problem, so that hard ones do not widen the interval.
 
 Left out: a server, a database of runs, an LLM as judge (verdicts must repeat). Breakdowns by
 level or topic, plots and a page to browse in are made by extras/report.py.
@@ -194,20 +193,11 @@ def make_config(flags: Flags, folder: Path, asked: int, adapter: str | None) -> 
     }
 
 
-def write_config(folder: Path, config: dict) -> None:
-    """All of the file or nothing."""
-    temporary = folder / ".config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=1, ensure_ascii=False))
-    os.replace(temporary, folder / "config.json")
-
-
 def check_settings(old: dict, new: dict) -> None:
     """Raise UserError where a run that is to go on has other settings."""
-    changes = []
-    for key in sorted({**old, **new}):
-        if old.get(key) != new.get(key):
-            changes.append(f"{key} {old.get(key)!s:.30} -> {new.get(key)!s:.30}")
-    if changes:
+    keys = [key for key in sorted({**old, **new}) if old.get(key) != new.get(key)]
+    if keys:
+        changes = [f"{key} {old.get(key)!s:.30} -> {new.get(key)!s:.30}" for key in keys]
         raise UserError(f"other settings: {', '.join(changes)}: give another --out")
 
 
@@ -217,8 +207,8 @@ def check_settings(old: dict, new: dict) -> None:
 def run(flags: Flags) -> None:
     """Sample what the run's folder lacks, then print its report."""
     tool = "agent" if flags.agent else "baseline"
-    usual = f"{Path(flags.dataset).stem}-{Path(flags.model).name}-{tool}"
-    out = flags.out or Path("runs", usual)
+    usual = f"runs/{Path(flags.dataset).stem}-{Path(flags.model).name}-{tool}"
+    out = flags.out or Path(usual)
     old = read_config(out)
     if old and flags.seed < 0:  # the seed that was drawn when the run began
         flags.seed = old["settings"]["seed"]
@@ -242,10 +232,14 @@ def run(flags: Flags) -> None:
         check_settings(old["settings"], config["settings"])
     with open_traces(out, team.rank) as file:
         if team.rank == 0:
-            write_config(out, config)
+            draft = out / ".config.json.tmp"  # renamed, so that a kill leaves all of it or nothing
+            draft.write_text(json.dumps(config, indent=1, ensure_ascii=False))
+            os.replace(draft, out / "config.json")
         done = read_traces(out)
         jobs = [(p, sample) for p, sample in mine if (p.meta["dataset"], p.id, sample) not in done]
         if jobs:
+            share = f"{len(jobs)} of {len(mine)} traces to sample"
+            print(f"{out}: {share}, rank {team.rank} of {team.size}", file=sys.stderr)
             sample_all(flags, problems, jobs, file, quiet=team.rank > 0)
         team.gather("done")  # wait for the others; UserError where one has failed
     if flags.grade and team.rank == 0:
@@ -262,8 +256,9 @@ def load_sets(flags: Flags) -> list[Problem]:
     return problems
 
 
-# tqdm's line where there is no terminal
-LINE = "{n_fmt} of {total_fmt} traces in {elapsed}, {remaining} to go{postfix}\n"
+LINE = (
+    "{n_fmt} of {total_fmt} traces in {elapsed}, {remaining} to go{postfix}\n"  # tqdm's, in a log
+)
 
 
 def sample_all(flags, problems, jobs, file, quiet) -> None:
@@ -274,7 +269,6 @@ def sample_all(flags, problems, jobs, file, quiet) -> None:
     from tqdm import tqdm
 
     look = {} if sys.stderr.isatty() else {"mininterval": 30, "miniters": 1, "bar_format": LINE}
-    bar = tqdm(total=len(jobs), unit="trace", disable=quiet, **look)
     tokens = 0
     right = []  # of the verdicts that are there
 
@@ -282,9 +276,10 @@ def sample_all(flags, problems, jobs, file, quiet) -> None:
         if not verdict.cancelled():
             right.append(verdict.result().equal)
 
-    with bar, Grader() as grader, open_agent(flags, problems, len(jobs)) as agent:
+    with Grader() as grader, open_agent(flags, problems, len(jobs)) as agent:
         started = time.monotonic()
-        for trace in agent.rollout(jobs):
+        bar = tqdm(agent.rollout(jobs), total=len(jobs), unit="trace", disable=quiet, **look)
+        for trace in bar:
             file.write(json.dumps(trace_row(trace), ensure_ascii=False) + "\n")
             file.flush()
 
@@ -295,7 +290,6 @@ def sample_all(flags, problems, jobs, file, quiet) -> None:
             speed = tokens / (time.monotonic() - started)
             share = f"{fmean(right):.1%} right, " if right else ""
             bar.set_postfix_str(f"{share}{speed:.0f} tok/s", refresh=False)
-            bar.update()
 
 
 # ---- Verdicts, votes, measures
@@ -313,6 +307,7 @@ class Scored(NamedTuple):
 class Run(NamedTuple):
     config: dict
     problems: dict[tuple[str, str], Scored]  # by dataset and problem id
+    measures: dict[str, dict[str, dict[str, float]]]  # dataset -> measure -> problem id -> value
 
 
 def load_run(folder: Path, grader: Grader, fallback: bool = False) -> Run:
@@ -329,7 +324,14 @@ def load_run(folder: Path, grader: Grader, fallback: bool = False) -> Run:
             groups.setdefault((dataset, problem), []).append(row)
     if not groups:
         raise UserError(f"{folder} has no traces with a gold answer: nothing to report")
-    return Run(config, {key: score(rows, grader) for key, rows in groups.items()})
+
+    run = Run(config, {}, {})
+    for (dataset, problem), rows in groups.items():
+        run.problems[dataset, problem] = score(rows, grader)
+        table = run.measures.setdefault(dataset, {})
+        for measure, value in run.problems[dataset, problem].measures.items():
+            table.setdefault(measure, {})[problem] = value
+    return run
 
 
 def pieces(row: dict) -> Iterator[tuple[str, str]]:
@@ -347,14 +349,16 @@ def score(rows: list[dict], grader: Grader) -> Scored:
     clusters = vote([row["answer"] for row in rows], grader).clusters
     # The members of a cluster are equivalent, so the first one decides.
     votes = [(count, verdicts[places[0]].equal) for _, count, places in clusters]
-    measures = {"majority@n, %": 100 * majority(votes)}
-
-    each = [trace_measures(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
-    for name in each[0]:
-        measures[name] = fmean(numbers[name] for numbers in each)
     right = sum(verdict.equal for verdict in verdicts)
-    k = min(4, len(rows))
-    measures[f"pass@{k}, %"] = 100 * pass_at(k, len(rows), right)
+    n = len(rows)
+    k = min(4, n)
+    measures = {
+        "majority@n, %": 100 * majority(votes),
+        f"pass@{k}, %": 100 * pass_at(k, n, right),
+    }
+    traces = [trace_measures(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+    for name in traces[0]:
+        measures[name] = fmean(trace[name] for trace in traces)
     return Scored(rows, verdicts, clusters, measures)
 
 
@@ -388,36 +392,30 @@ def report(runs: list[Run]) -> str:
         body.append([run.config["name"], settings["model"], settings["end_at"], traces])
     text = table(["run", "model", "a trace ends at", "traces"], body)
     text += "\nMean [95 % interval]; tokens are those that the model wrote in one trace.\n"
-    for dataset in sorted({key[0] for run in runs for key in run.problems}):
-        text += f"\n## {dataset}\n\n" + table(["", *names], compare(runs, dataset))
+    for dataset in sorted({name for run in runs for name in run.measures}):
+        columns = [run.measures.get(dataset, {}) for run in runs]
+        text += f"\n## {dataset}\n\n" + table(["", *names], compare(columns))
     return text
 
 
-def compare(runs: list[Run], dataset: str) -> list[list[str]]:
-    """The table of one set: a line for each measure, and for the paired differences of two."""
-    columns = []  # of each run, measure -> problem -> value
-    for run in runs:
-        column: dict[str, dict[str, float]] = {}
-        columns.append(column)
-        for (name, problem), scored in run.problems.items():
-            for measure, value in scored.measures.items() if name == dataset else ():
-                column.setdefault(measure, {})[problem] = value
-
+def compare(columns: list[dict]) -> list[list[str]]:
+    """The table of one set from each run's measures."""
     lines = []
     for measure in dict.fromkeys(measure for column in columns for measure in column):
-        values = [column.get(measure, {}) for column in columns]
-        lines.append([measure, *(show(list(v.values())) for v in values)])
-        if len(runs) > 1 and measure in ("majority@n, %", "model tokens"):
+        first, *others = [column.get(measure, {}) for column in columns]
+        lines.append([measure, *(show(values.values()) for values in (first, *others))])
+        if others and measure in ("majority@n, %", "model tokens"):
             lines.append(["difference from the first run", ""])
-            for other in values[1:]:
-                shared = [problem for problem in values[0] if problem in other]
-                gains = [other[problem] - values[0][problem] for problem in shared]
+            for other in others:
+                shared = first.keys() & other.keys()
+                gains = [other[problem] - first[problem] for problem in sorted(shared)]
                 lines[-1].append(show(gains, "+"))
     return lines
 
 
-def show(values: list[float], sign: str = "") -> str:
-    """`mean [low, high]` of values for each problem."""
+def show(values: Iterable[float], sign: str = "") -> str:
+    """`mean [low, high]` of one value for each problem."""
+    values = list(values)
     if not values:
         return ""
     low, high = interval(values)

@@ -21,20 +21,15 @@ from pathlib import Path
 ROOT, HERE = Path(__file__).resolve().parent.parent, Path(__file__).resolve().parent
 sys.path[:] = [str(ROOT), *(path for path in sys.path if Path(path or ".").resolve() != HERE)]
 
-from agent import extract_answer  # noqa: E402
-from data import run_main  # noqa: E402
-from evaluate import Grader, load_run  # noqa: E402
+from cli import run_main  # noqa: E402
+from evaluate import read_traces  # noqa: E402
+from grade import Grader, extract_answer  # noqa: E402
 
 
 def pairs_of(path: Path) -> list[tuple[str, str]]:
     """(gold, answer) pairs of a file or a run, in order; what has no answer is left out."""
     if path.is_dir():
-        rows = [
-            (s.problem["answer"], a)
-            for problems in load_run(path, False).datasets.values()
-            for s in problems
-            for a in s.answers
-        ]
+        rows = [(row["gold"], row["answer"]) for row in read_traces(path).values()]
     else:
         rows = []
         for line in path.read_bytes().splitlines():
@@ -86,10 +81,9 @@ def main() -> int:
     )
     parser.add_argument("--workers", type=int, default=2, help="(default: 2)")
     args = parser.parse_args()
-    files = args.files or [
-        ROOT / "tests" / "grader_cases.jsonl",
-        *sorted(p.parent for p in (ROOT / "runs").glob("**/problems.jsonl")),
-    ]
+    files = args.files or sorted(p.parent for p in (ROOT / "runs").glob("**/traces.jsonl"))
+    if not files:
+        parser.error("no run in runs/: name a FILE.jsonl of `gold` and `text`, or a run's folder")
     sources = {str(path): pairs_of(path) for path in files}
     everything = [pair for pairs in sources.values() for pair in pairs]
     if len(everything) > args.limit:

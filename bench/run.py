@@ -1,6 +1,6 @@
 """All benchmarks, one after another, into bench/results.md: the work behind `make bench`.
 
-    python bench/run.py [--only rollout,train] [--answers FILE|RUN ...]
+    python bench/run.py [--only grade] [--answers FILE|RUN ...]
 
 The machine must have nothing else to do. A part that fails is named, and the others go on.
 """
@@ -18,9 +18,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
 PARTS = {
-    "rollout": [],
-    "train": [],
-    "startup": ["--cold"] if os.geteuid() == 0 else [],
     "grade": [],
     "sandbox": ["--quick"],
 }

@@ -3,19 +3,18 @@
     python extras/report.py runs/baseline runs/agent --out report
 
 writes report/report.png (accuracy against length, majority@k against k) and report/report.html: the
-tables, the plots and every problem with its votes and traces, in one file that needs no network.
+tables of evaluate.py, those by k, level or topic, the plots, and every problem with its votes and
+traces, in one file that needs no network.
 
 500 problems x 16 traces are a lot of text, so the page carries each problem's traces compressed and
 unpacks them when the problem is opened. What models wrote enters it as text, never as HTML.
 """
 
 import base64
-import html
 import io
 import json
 import math
 import random
-import re
 import sys
 import zlib
 from dataclasses import dataclass
@@ -27,9 +26,10 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from cli import check_range, parse, run_main  # noqa: E402
+from cli import UserError, check_range, parse, run_main  # noqa: E402
 from data import topic_levels  # noqa: E402
-from evaluate import CUT, Run, Scored, interval, load_run, majority, pieces, report, table  # noqa: E402
+from evaluate import CUT, Run, Scored, interval, load_run  # noqa: E402
+from evaluate import majority, pass_at, pieces, report, table  # noqa: E402
 from grade import Grader  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -54,9 +54,20 @@ class Flags:
 # ---- Numbers that evaluate.py's report leaves out
 
 
+def of_set(run: Run, name: str) -> list[Scored]:
+    return [scored for (dataset, _), scored in run.problems.items() if dataset == name]
+
+
+def powers(problems: list[Scored]) -> list[int]:
+    """The k to show: 1, 2, 4, ... and n."""
+    n = max((len(scored.rows) for scored in problems), default=0)
+    return sorted({2**i for i in range(n.bit_length())} | {n}) if n else []
+
+
 def majority_at(scored: Scored, k: int) -> float:
     """majority@k of a problem: the mean over 200 seeded subsets of its n traces (one for k = n)."""
     n = len(scored.rows)
+    k = min(k, n)
     cluster = {i: c for c, (_, _, places) in enumerate(scored.clusters) for i in places}
     right = [scored.verdicts[places[0]].equal for _, _, places in scored.clusters]
     rng, values = random.Random(0), []
@@ -69,28 +80,44 @@ def majority_at(scored: Scored, k: int) -> float:
     return fmean(values)
 
 
-def of_set(run: Run, name: str) -> list[Scored]:
-    return [scored for (dataset, _), scored in run.problems.items() if dataset == name]
+def any_right(scored: Scored, k: int) -> float:
+    n = len(scored.rows)
+    return pass_at(min(k, n), n, sum(verdict.equal for verdict in scored.verdicts))
 
 
-def breakdowns(runs: list[Run], name: str) -> str:
-    """majority@n and tokens by level, subject, difficulty, topic, family: what a set has."""
-    text = ""
-    for key in GROUPS:
-        groups: dict[str, list[list[Scored]]] = {}
-        for i, run in enumerate(runs):
-            for scored in of_set(run, name):
-                value = scored.rows[0]["meta"].get(key)
-                value = topic_levels(value)[:2][-1] if key == "topic" and value else value
-                if value is not None:
-                    groups.setdefault(str(value), [[] for _ in runs])[i].append(scored)
-        if 1 < len(groups) <= 40:
-            names = [run.config["name"] for run in runs]
-            body = [
-                [value, *map(accuracy_and_length, parts)] for value, parts in sorted(groups.items())
+def by_k(runs: list[Run], name: str) -> str:
+    """majority@k and pass@k."""
+    sets = [of_set(run, name) for run in runs]
+    body = []
+    for k in powers([scored for problems in sets for scored in problems]):
+        line = [k]
+        for problems in sets:
+            shares = [
+                fmean(f(s, k) for s in problems) for f in (majority_at, any_right) if problems
             ]
-            text += "\n" + table([key, *(f"{n}: majority@n / tokens" for n in names)], body)
-    return text
+            line.append(" / ".join(f"{100 * share:.1f}" for share in shares))
+        body.append(line)
+    return "\n" + table(
+        ["k", *(f"{run.config['name']}: majority@k / pass@k" for run in runs)], body
+    )
+
+
+def by_group(runs: list[Run], name: str, key: str) -> str:
+    """majority@n and tokens by level, subject, ...; nothing where the set has no such column."""
+    groups: dict = {}
+    for i, run in enumerate(runs):
+        for scored in of_set(run, name):
+            value = scored.rows[0]["meta"].get(key)
+            if key == "topic" and value:
+                value = topic_levels(value)[:2][-1]
+            if value is not None:
+                groups.setdefault(value, [[] for _ in runs])[i].append(scored)
+    if not 1 < len(groups) <= 40:
+        return ""
+    kinds = sorted(groups, key=lambda value: (str(type(value)), value))
+    body = [[value, *map(accuracy_and_length, groups[value])] for value in kinds]
+    names = [f"{run.config['name']}: majority@n / tokens (problems)" for run in runs]
+    return "\n" + table([key, *names], body)
 
 
 def accuracy_and_length(problems: list[Scored]) -> str:
@@ -98,7 +125,7 @@ def accuracy_and_length(problems: list[Scored]) -> str:
         return ""
     shares = [scored.measures["majority@n, %"] for scored in problems]
     tokens = [scored.measures["model tokens"] for scored in problems]
-    return f"{fmean(shares):.1f} / {fmean(tokens):.0f}  ({len(problems)})"
+    return f"{fmean(shares):.1f} / {fmean(tokens):.0f} ({len(problems)})"
 
 
 # ---- Plots
@@ -110,16 +137,13 @@ def plot(runs: list[Run], names: list[str]):
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from matplotlib.ticker import MaxNLocator
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
     style |= {"grid.alpha": 0.25, "axes.axisbelow": True, "svg.fonttype": "none"}
     style |= {"svg.hashsalt": "report"}
     with plt.rc_context(style):
-        size = (11, 0.5 + 3.7 * len(names))
-        figure, axes = plt.subplots(
-            len(names), 2, figsize=size, squeeze=False, layout="constrained"
-        )
+        size = {"figsize": (11, 0.5 + 3.7 * len(names)), "layout": "constrained"}
+        figure, axes = plt.subplots(len(names), 2, squeeze=False, **size)
         for (left, right), name in zip(axes, names, strict=True):
             for run, colour in zip(runs, COLOURS * len(runs), strict=False):
                 if problems := of_set(run, name):
@@ -127,7 +151,6 @@ def plot(runs: list[Run], names: list[str]):
             left.set(title=f"{name}: accuracy and length", xlabel="model tokens per trace")
             left.set(ylabel="majority@n, %")
             right.set(title=f"{name}: votes", xlabel="k", ylabel="majority@k, %")
-            right.xaxis.set_major_locator(MaxNLocator(integer=True))
             left.set_xlim(left=0)
             left.margins(x=0.15, y=0.15)
             low, high = left.get_ylim()
@@ -145,9 +168,9 @@ def draw_run(left, right, label: str, problems: list[Scored], colour: str) -> No
         bars.append([[middle - low], [high - middle]])
     style = {"fmt": "o", "ms": 8, "lw": 1.4, "capsize": 3, "color": colour, "label": label}
     left.errorbar(fmean(tokens), fmean(shares), xerr=bars[0], yerr=bars[1], **style)
-    most = max(len(scored.rows) for scored in problems)
-    ks = range(1, most + 1)
-    curve = [100 * fmean(majority_at(s, min(k, len(s.rows))) for s in problems) for k in ks]
+    ks = powers(problems)
+    curve = [100 * fmean(majority_at(scored, k) for scored in problems) for k in ks]
+    right.set_xticks(ks)
     right.plot(ks, curve, "o-", ms=4, color=colour, label=label)
 
 
@@ -231,73 +254,48 @@ def page_data(runs: list[Run], most: int) -> tuple[list[dict], list[str]]:
     return rows, packed
 
 
-def as_html(markdown: str) -> str:
-    """The Markdown of a report (headings, paragraphs, tables) as HTML."""
-    done, rows = [], []
-    for line in [*markdown.splitlines(), ""]:
-        if line.startswith("|"):
-            if not line.startswith("| :--"):
-                cells = re.split(r"(?<!\\)\|", line)[1:-1]
-                rows.append([html.escape(cell.strip()) for cell in cells])
-            continue
-        if rows:
-            head = "".join(f"<th>{cell}</th>" for cell in rows[0])
-            body = "".join(f"<tr><td>{'</td><td>'.join(cells)}</td></tr>" for cells in rows[1:])
-            done.append(f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>')
-            rows = []
-        if line.startswith("#"):
-            done.append(f"<h3>{html.escape(line.strip('# '))}</h3>")
-        elif line.strip():
-            done.append(f"<p>{html.escape(line)}</p>")
-    return "\n".join(done)
-
-
-def inside_script(value) -> str:
-    return json.dumps(value, ensure_ascii=False).replace("<", "\\u003c")
-
-
-def page(runs: list[Run], names: list[str], markdown: str, svg: str, most: int) -> str:
+def page(runs: list[Run], markdown: str, more: str, svg: str, most: int) -> str:
+    """The page; the template escapes what it is given, its script sets texts as text."""
     from jinja2 import Environment
     from pygments.formatters import HtmlFormatter
 
-    rows, packed = page_data(runs, most)
-    run_names = [run.config["name"] for run in runs]
-    colours = [COLOURS[i % len(COLOURS)] for i in range(len(runs))]
-    head, _, rest = markdown.partition("\n## ")
-    light = HtmlFormatter(style="default").get_style_defs(".hl")
-    dark = HtmlFormatter(style="monokai").get_style_defs(".hl")
+    problems, packed = page_data(runs, most)
     template = Environment(autoescape=True).from_string((HERE / "report.html").read_text())
     return template.render(
-        title="Evaluation: " + ", ".join(run_names),
-        legend=list(zip(run_names, colours, strict=True)),
-        names=names,
-        summary=as_html(head),
-        tables=as_html("## " + rest),
+        title="Evaluation: " + ", ".join(run.config["name"] for run in runs),
+        names=[run.config["name"] for run in runs],
+        colours=[COLOURS[i % len(COLOURS)] for i in range(len(runs))],
+        datasets=list(dict.fromkeys(problem["dataset"] for problem in problems)),
+        report=markdown,
+        more=more,
         svg=svg,
-        index=inside_script(rows),
+        problems=problems,
         packed=packed,
-        run_names=inside_script(run_names),
-        colours=inside_script(COLOURS),
-        code_style=light.replace(".hl { background: #f8f8f8; }", ""),
-        dark_code_style=dark.replace("background: #272822; ", ""),
+        light=HtmlFormatter(style="default").get_style_defs(".hl"),
+        dark=HtmlFormatter(style="monokai").get_style_defs(".hl"),
     )
 
 
 def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1000, math.inf, "max_chars")
+    if not flags.runs:
+        raise UserError("give the folder of one run or more")
     with Grader() as grader:
         runs = [load_run(folder, grader, flags.fallback) for folder in flags.runs]
-    names = list(dict.fromkeys(dataset for run in runs for dataset, _ in run.problems))
-    markdown = report(runs) + "".join(breakdowns(runs, name) for name in names)
+    names = list(dict.fromkeys(name for run in runs for name in run.measures))
+    more = ""
+    for name in names:
+        more += f"\n## {name}\n" + by_k(runs, name)
+        more += "".join(by_group(runs, name, key) for key in GROUPS)
     flags.out.mkdir(parents=True, exist_ok=True)
     figure, svg = plot(runs, names), io.StringIO()
     figure.savefig(flags.out / "report.png", dpi=150)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     drawing = svg.getvalue()[svg.getvalue().index("<svg") :]
-    text = page(runs, names, markdown, drawing, flags.max_chars)
+    text = page(runs, report(runs), more, drawing, flags.max_chars)
     (flags.out / "report.html").write_text(text, encoding="utf-8")
-    print(f"{flags.out / 'report.png'}\n{flags.out / 'report.html'}: {len(text) / 1e6:.1f} MB")
+    print(f"{flags.out}/report.png\n{flags.out}/report.html: {len(text) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

@@ -278,4 +278,4 @@ def test_the_page_opens_in_a_browser(built, tmp_path):
     options += f" --disable-background-networking --user-data-dir={tmp_path}"
     command = [CHROMIUM, *options.split(), f"file://{built}/report.html"]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
-    assert dom.count('class="problem"') == 3 and "<title>Evaluation: One, Two</title>" in dom
+    assert dom.count('class="problem"') == 3 and "<title>Evaluation: One, Two" in dom
