@@ -88,9 +88,9 @@ def find_problems(name: str, flags: DataFlags, need_answer: bool):
 
 def read_rows(place: str, split: str, flags: DataFlags):
     """Rows as dicts; whatever is wrong with a set ends in a UserError of one line."""
-    if place == "arithmetic.jsonl":  # needs no library
-        rows = map(json.loads, (HERE / "problems" / place).read_text().splitlines())
-        yield from (row for row in rows if row["split"] == split)
+    if place == "built-in":  # needs no library
+        lines = (HERE / "problems" / "arithmetic.jsonl").read_text().splitlines()
+        yield from (row for row in map(json.loads, lines) if row["split"] == split)
         return
     kind, remedy = FILES.get(Path(place).suffix), "is the file there, and whole?"
     if kind is None:
@@ -104,9 +104,9 @@ def read_rows(place: str, split: str, flags: DataFlags):
     try:
         if kind is None:
             name, _, config = place.partition(":")
-            options = {"path": name, "name": flags.config or config or None, "split": split}
-            some = flags.limit is not None and flags.shuffle is None
-            yield from datasets.load_dataset(**options, streaming=some or name in STREAMED)
+            stream = name in STREAMED or (flags.limit is not None and flags.shuffle is None)
+            options = {"name": flags.config or config or None, "streaming": stream}
+            yield from datasets.load_dataset(name, split=split, **options)
             return
         with open(place, "rb") as file:
             if kind == "json" and re.match(rb"[\xef\xbb\xbf\s\[]*null", file.read(100)):
