@@ -1,7 +1,7 @@
 """Problems in, prompts out.
 
-Where problems come from, and how a question becomes the tokens that the model reads, under one
-rule: *text that we did not write never becomes a control token*.
+Where problems come from, and how a question becomes the tokens that a model reads, under one rule:
+*text that we did not write never becomes a control token*.
 
     python data.py --list                                  # the sets by name
     python data.py --dataset arithmetic --show 3 --stats   # three problems, then counts
@@ -88,9 +88,9 @@ def find_problems(name: str, flags: DataFlags, need_answer: bool):
 
 def read_rows(place: str, split: str, flags: DataFlags):
     """Rows as dicts; whatever is wrong with a set ends in a UserError of one line."""
-    if place == "arithmetic.jsonl":  # needs no library
-        rows = map(json.loads, (HERE / "problems" / place).read_text().splitlines())
-        yield from (row for row in rows if row["split"] == split)
+    if place == "built-in":  # needs no library
+        lines = (HERE / "problems" / "arithmetic.jsonl").read_text().splitlines()
+        yield from (row for row in map(json.loads, lines) if row["split"] == split)
         return
     kind, remedy = FILES.get(Path(place).suffix), "is the file there, and whole?"
     if kind is None:
@@ -104,9 +104,9 @@ def read_rows(place: str, split: str, flags: DataFlags):
     try:
         if kind is None:
             name, _, config = place.partition(":")
-            options = {"path": name, "name": flags.config or config or None, "split": split}
-            some = flags.limit is not None and flags.shuffle is None
-            yield from datasets.load_dataset(**options, streaming=some or name in STREAMED)
+            stream = name in STREAMED or (flags.limit is not None and flags.shuffle is None)
+            options = {"name": flags.config or config or None, "streaming": stream}
+            yield from datasets.load_dataset(name, split=split, **options)
             return
         with open(place, "rb") as file:
             if kind == "json" and re.match(rb"[\xef\xbb\xbf\s\[]*null", file.read(100)):
@@ -237,8 +237,8 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
     """
     ours = HERE / "prompts" / f"{name}.json"
     file = ours if ours.is_file() else Path(name)
-    text = file.read_text(encoding="utf-8", errors="replace")
     try:
+        text = file.read_text(encoding="utf-8", errors="replace")
         found = json.loads(text) if file.suffix == ".json" else {"text": text, "stops": BASE_STOPS}
         found = {"messages": found} if isinstance(found, list) else found
         messages, text = tuple(found.get("messages", ())), found.get("text", "")
@@ -246,7 +246,7 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
         if question.count("{question}") != 1:
             raise ValueError("{question} must be in it once, in the last message")
         return Prompt(agent, messages, text, tuple(found.get("stops", ())))
-    except (ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise UserError(f"--prompt {name}: {first_line(error)}; see those in prompts/") from None
 
 

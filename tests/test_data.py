@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from fractions import Fraction
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import sympy
@@ -72,9 +73,8 @@ def test_where_limit_and_shuffle(rows):
     assert questions(dataset=rows, where=("topic=Algebra", "level=5")) == ["3 + 3?"]
     assert questions(dataset=rows, limit=2) == ["1 + 1?", "2 + 2?"]
     shuffled = questions(dataset=rows, shuffle=1)
-    assert sorted(shuffled) == questions(dataset=rows) and shuffled == questions(
-        dataset=rows, shuffle=1
-    )
+    assert sorted(shuffled) == questions(dataset=rows)
+    assert shuffled == questions(dataset=rows, shuffle=1)
     assert questions(dataset=rows, shuffle=1, limit=2) == shuffled[:2]
 
 
@@ -115,28 +115,16 @@ def test_answers_of_one_column_may_be_of_several_types(tmp_path):
     assert answers[7] == "7" and answers[-1] == "1/2"
 
 
-def test_dates_become_text(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"problem": "1?", "answer": "1", "date": "2025-02-03"}\n')
-    assert json.dumps(load(dataset=str(path))[0].meta).startswith('{"date": "2025-02-03')
-
-
-def test_columns_by_name_and_chats(tmp_path):
+def test_columns_by_name_chats_and_dates(tmp_path):
     path = tmp_path / "rows.jsonl"
     chat = [{"role": "user", "content": "hm"}, {"role": "user", "content": "5 + 5?"}]
-    path.write_text(json.dumps({"x": chat, "y": 10}) + "\n")
+    path.write_text(json.dumps({"x": chat, "y": 10, "day": "2025-02-03"}) + "\n")
     (problem,) = load(dataset=str(path), question_key="x", answer_key="y")
     assert (problem.question, problem.answer) == ("5 + 5?", "10")
+    assert json.loads(json.dumps(problem.meta))["day"].startswith("2025-02-03")
 
 
-ANSWERS = [
-    ("She pays 7 * 176. #### 1,232", "1232"),
-    (["$2$", "3"], "2, 3"),
-    (27.0, "27"),
-    (" ", None),
-    (None, None),
-    ("\\frac{1}{2}", "\\frac{1}{2}"),
-]
+ANSWERS = [("pays 7 * 176. #### 1,232", "1232"), (["$2$", "3"], "2, 3"), (27.0, "27"), (" ", None)]
 
 
 @pytest.mark.parametrize(("value", "answer"), ANSWERS)
@@ -147,22 +135,17 @@ def test_gold_answers(value, answer):
 FILES = [
     ("rows.jsonl", "", "cannot be read"),
     ("rows.jsonl", "\n\n", "no rows"),
-    ("rows.jsonl", "{", "cannot be read"),
     ("rows.jsonl", '{"problem": "1?", "answer": "1"}\n{"probl', "cannot be read"),
     ("rows.jsonl", "null\n", "cannot be read"),  # these three: the reader itself would crash
     ("rows.jsonl", "\ufeff null", "cannot be read"),
     ("rows.json", '[null, {"problem": "1?"}]', "cannot be read"),
     ("rows.jsonl", "\0" * 1000, "cannot be read"),
     ("rows.jsonl", "[1, 2]", "no question column"),
-    ("rows.jsonl", "5", "cannot be read"),
     ("rows.jsonl", '{"problem": "\\ud800", "answer": "1"}', "cannot be read"),
     ("rows.jsonl", '{"problem": "x", "answer": 1180591620717411303424}', "in quotes"),
     ("rows.jsonl", '{"x": 1}\n', "--question-key"),
     ("rows.jsonl", '{"problem": "1 + 1?"}\n', "--answer-key"),
-    ("rows.jsonl", '{"problem": "", "answer": "1"}\n', "empty question"),
     ("rows.jsonl", '{"problem": "x", "answer": " "}\n', "empty answer"),
-    ("rows.json", "{}", "rows.json"),
-    ("rows.csv", "", "cannot be read"),
     ("rows.csv", "problem,answer\n", "no rows"),
     ("rows.csv", "problem,answer\n1?,1,2\n", "more cells"),
     ("rows.csv", "problem,answer\n1?,1\n2?,1,2\n", "cannot be read"),
@@ -180,9 +163,9 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, text, match, mon
     assert "\n" not in str(caught.value)
 
 
-def test_other_mistakes_are_one_line(rows, tmp_path):
+def test_other_mistakes_are_one_line(rows):
     for flags, match in (
-        ({"dataset": str(tmp_path / "missing.jsonl")}, "No such file"),
+        ({"dataset": "arithmetic.jsonl"}, "No such file"),  # a file, not the built-in set
         ({"dataset": "nosuch"}, "unknown dataset"),
         ({"dataset": rows, "limit": 0}, "--limit"),
         ({"dataset": rows, "where": ("level",)}, "--where"),
@@ -300,11 +283,6 @@ def test_answers_computed_again_from_the_wording(family):
 
 # ---- Prompts
 
-CHATML = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def tok():
@@ -376,31 +354,27 @@ def test_prompts_from_files(tok, tmp_path):
         chat.write_text(wrong)
         with pytest.raises(UserError, match="--prompt"):
             read_prompt(AgentFlags(prompt=str(chat)))
+    with pytest.raises(UserError, match="see those in prompts/"):
+        read_prompt(AgentFlags(prompt="nowhere"))
 
 
-FRAGMENT = st.one_of(
-    st.sampled_from(
-        ["<|im_end|>", "<tool_call>", "</tool_call>", "<", "<|", SPLIT, "|>", "é", "\n"]
-    ),
-    st.text(st.characters(exclude_categories=["Cs"]), max_size=6),
-)
+NAMES = ["<|im_end|>", "<tool_call>", "</tool_call>", "<", "<|", SPLIT, "|>", "é", "\n"]
+TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
 
 
 @settings(deadline=None, max_examples=200)
-@given(parts=st.lists(FRAGMENT, max_size=12))
+@given(parts=st.lists(st.sampled_from(NAMES) | TEXT, max_size=12))
 def test_disarmed_text_keeps_its_words_and_controls_nothing(tok, parts):
-    import unicodedata
-
     text = "".join(parts)
     ids = encode(tok, disarm(tok, text))
     assert not set(ids) & set(tok.added_tokens_decoder)
-    kept = unicodedata.normalize("NFC", text.replace(SPLIT, ""))
-    assert unicodedata.normalize("NFC", tok.decode(ids)) == kept
+    kept = text.replace(SPLIT, "")
+    assert normalize("NFC", tok.decode(ids)) == normalize("NFC", kept)
 
 
 def test_the_command(rows):
-    command = [sys.executable, "data.py", "--dataset", rows, "--show", "1", "--stats"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0 and "answer: 2" in done.stdout and "3 problems" in done.stdout
-    listed = subprocess.run([sys.executable, "data.py", "--list"], cwd=ROOT, capture_output=True)
-    assert b"deepmath-103k" in listed.stdout and data.SETS["aime"]
+    done = python("data.py", "--dataset", rows, "--show", "1", "--stats")
+    assert "answer: 2" in done.stdout and "3 problems" in done.stdout and "by level" in done.stdout
+    assert "deepmath-103k" in python("data.py", "--list").stdout and data.SETS["aime"]
+    done = python("data.py", "--dataset", "nosuch")
+    assert done.returncode == 2 and done.stderr.startswith("data.py: unknown dataset 'nosuch'")
