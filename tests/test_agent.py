@@ -205,9 +205,9 @@ def test_the_real_sandbox(qwen):
 
         count = 60
         scripts = {f"q{i}": f"<tool_call>\nprint({i} ** 2)\n</tool_call>\n" for i in range(count)}
-        traces, played = play(qwen, scripts, box=box, slots=16)
+        traces, _ = play(qwen, scripts, box=box, slots=16)
         outputs = [traces[f"q{i}"].calls[0][1].output for i in range(count)]
-        assert outputs == [str(i**2) for i in range(count)] and played.peak == 16
+        assert outputs == [str(i**2) for i in range(count)]
 
 
 # ---- Many traces
