@@ -961,7 +961,7 @@ RECOVERIES = {
         with sandbox.Sandbox(1) as box:
             session = box.session()
             box.wait_ready()
-            threading.Timer(1, signal.raise_signal, [signal.SIGINT]).start()
+            threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
             try: session.run("while True: pass", 1000)
             except KeyboardInterrupt: print("interrupted")
             print(box.session().run("1").output)
@@ -988,7 +988,7 @@ SAID = ["40\nTrue", "1 2", "crashed", "crashed\n" * 3, "", "1\nrefused\n1", "int
 SAID += ["timeout 1", "1 1", "1"]
 
 
-@pytest.mark.parametrize("name,said", zip(RECOVERIES, SAID))
+@pytest.mark.parametrize("name,said", list(zip(RECOVERIES, SAID)))
 def test_recovery(name, said):
     assert script(RECOVERIES[name]).strip() == said.strip()
 
