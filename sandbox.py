@@ -25,7 +25,6 @@ Same trace, same outputs, but for clocks, addresses, timeouts and unseeded gener
     python sandbox.py --check             which layers this host gives
 """
 
-import ast
 import builtins
 import contextlib
 import ctypes
@@ -43,12 +42,13 @@ import socket
 import struct
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
+
+import snippet
 
 LAYERS = ("namespace", "rlimits", "uid", "landlock", "seccomp")
 CODE_BYTES = 64 << 10  # before any parse: ast.parse of 20 MB takes a minute and 8 GB
@@ -234,7 +234,7 @@ class Sandbox:
 
     def close(self) -> None:
         """Kill every session and the zygote, and wait. Whoever waits for a result gets one."""
-        if os.getpid() != self.pid:  # a forked child: nothing of this is its own
+        if os.getpid() != self.pid or self.closing.is_set():  # a forked child owns nothing of this
             return
         with self.lock:
             self.broken = self.broken or "the sandbox is closed"
@@ -448,7 +448,7 @@ class Zygote:
         self.delay = min(10.0, 2 * self.delay + 0.1)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers}
-        python = [os.path.abspath(sys.executable), "-P", "-s", "-B"]  # -I ignores PYTHONHASHSEED
+        python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
         threads = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS")  # a session cannot start a thread
         environment = {f"{name}_NUM_THREADS": "1" for name in threads}
         environment |= {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
@@ -507,7 +507,7 @@ class Zygote:
             self.control = None
 
 
-# ---- In the session: from a model's text to a tree
+# ---- In the session: what a snippet may import, and the loop that serves it
 
 ALLOWED = """
     math cmath random statistics fractions decimal numbers itertools functools collections operator
@@ -523,84 +523,15 @@ SCIPY = """
     scipy.spatial.distance scipy.special scipy.stats.qmc scipy.stats.mstats
 """.split()  # its parts load lazily
 PLOTTING = "matplotlib mpl_toolkits seaborn pylab".split()
-FENCE = re.compile(r"\s*(?:```|~~~)[ \t]*([\w+-]*)\s*$")
-LOOKALIKES = {"÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "²": "**2", "³": "**3"}
-LOOKALIKES |= dict(zip("−–×·“”‘’", "--**\"\"''"))
-
-
-def parse(code: str, filename: str, sources: dict[str, list[str]]) -> ast.Module:
-    """The tree of a snippet: as written, else without what models put around code.
-
-    `sources` gets the lines that the tree, or the SyntaxError, is about.
-    """
-    code = re.sub(r"\A\s*(?:python3?|py)[ \t]*\n", "", code)  # left over from a fence
-    code = re.sub(r"(?m)^[ \t]*(?:In ?\[\d*\]|\.\.\.): ?|^Out ?\[\d*\]:.*$", "", code)
-    for change in (str, unwrap, translate, unwrap):
-        text = change(code)
-        sources[filename] = text.split("\n")
-        try:
-            return ast.parse(text, filename)
-        except (MemoryError, RecursionError):
-            raise SyntaxError("the code is nested too deeply") from None
-        except (SyntaxError, ValueError) as error:
-            problem = error
-    raise problem
-
-
-def translate(code: str) -> str:
-    return unwrap(code).translate(str.maketrans(LOOKALIKES))
-
-
-def unwrap(code: str) -> str:
-    """The code without fences, prompts, magic commands, odd spaces and common indentation."""
-    code = re.sub("[\ufeff\u200b-\u200d\u2060]", "", code)
-    code = re.sub("[\xa0\u2000-\u200a\u202f\u3000]", " ", code)
-    code = re.sub(r"(?m)(\S)[ \t]*(```|~~~)[ \t]*$", r"\1\n\2", code)  # a fence behind code
-    inside, outside, is_open = [], [], False
-    for line in code.split("\n"):
-        if fence := FENCE.match(line):
-            is_open = bool(fence[1]) or not is_open
-        elif not line.lstrip().startswith(("%", "!")):
-            (inside if is_open else outside).append(line)
-    code = textwrap.dedent("\n".join(inside or outside))
-    prompts = re.findall(r"(?m)^(?:>>>|\.\.\.) ?(.*)$", code)
-    return "\n".join(prompts) if ">>>" in code and prompts else code
-
-
-# ---- In the session: running a snippet
-
-
-class Refused(ImportError):
-    """An import that is not on the list. A snippet that does not catch it ends as `blocked`."""
-
-
-class NoDisplay:
-    """Stands for matplotlib and everything in it: takes any use; show() says what is missing."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, name):
-        return NoDisplay(name)
-
-    def __call__(self, *_, **__):
-        if self._name not in ("show", "savefig"):
-            return self
-        print("(there is no display: nothing is drawn; print numbers instead)")
-
-    def __iter__(self):  # figure, axes = plt.subplots()
-        return iter((self, self))
-
-    __getitem__ = __setitem__ = __call__
 
 
 def guarded_import(name, globals=None, locals=None, fromlist=(), level=0):
     top = name.split(".")[0]
     if top in PLOTTING:
-        return NoDisplay(top)
+        return snippet.NoDisplay(top)
     if level or top not in ALLOWED:
         most = "numpy, scipy, sympy, math and most of the standard library are"
-        raise Refused(f"no module {'.' * level}{name} here; {most}")
+        raise snippet.Refused(f"no module {'.' * level}{name} here; {most}")
     return __import__(name, globals, locals, fromlist, level)
 
 
@@ -608,81 +539,16 @@ def refuse(*_, **__):
     raise PermissionError("snippets have no files, no input and no debugger")
 
 
-def new_namespace(layers: list[str]) -> dict:
-    """The globals in which all snippets of a trace run."""
+def serve(layers: list[str], report: dict[str, str]) -> None:
+    """Requests `ID NUMBER\\nCODE` on descriptor 3, replies `ID STATUS`, until the socket closes.
+
+    All snippets run in one namespace, so variables are kept.
+    """
     inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
     if "namespace" in layers:
         inside |= dict.fromkeys(("open", "input", "breakpoint"), refuse)
         inside["__import__"] = guarded_import
-    return {"__name__": "__main__", "__builtins__": inside}
-
-
-def run_snippet(code: str, number: int, namespace: dict, sources: dict[str, list[str]]) -> str:
-    """Run one snippet and write all it has to say to descriptor 1. Returns its status."""
-    filename, last, status, problem = f"<snippet {number}>", None, "ok", None
-    out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    out.reconfigure(line_buffering=True)  # so that a stopped snippet's output is not lost
-    sys.stdout = sys.stderr = out
-    try:
-        tree = parse(code, filename, sources)
-        if tree.body and isinstance(tree.body[-1], ast.Expr):  # its value is shown
-            last = ast.Expression(tree.body.pop().value)
-            last = compile(last, filename, "eval", dont_inherit=True)
-        body = compile(tree, filename, "exec", dont_inherit=True)
-        for name in ("random", "numpy.random", "sympy.core.random"):
-            # By its number: two Monte-Carlo snippets differ, a replay repeats them.
-            importlib.import_module(name).seed(number)
-        exec(body, namespace)
-        value = eval(last, namespace) if last else None
-        if value is not None:  # as a REPL, but numbers of these without their constructors
-            library = type(value).__module__.split(".")[0] in ("numpy", "sympy", "mpmath")
-            out.write((str(value) if library else repr(value)) + "\n")
-    except SystemExit as end:  # exit(): what was printed stands
-        out.write(f"{end.code}\n" if isinstance(end.code, str) else "")
-    except (PermissionError, Refused) as error:  # the kernel's EPERM, or ours
-        status, problem = "blocked", error
-    except MemoryError as error:
-        status, problem = "memory", error
-    except BaseException as error:
-        status, problem = "error", error
-    sys.settrace(None)
-    with contextlib.suppress(Exception):  # whatever the snippet has left of them
-        sys.stdout.flush()
-        out.flush()
-        if problem:
-            os.write(1, (explain(problem, sources) + "\n").encode("utf-8", "backslashreplace"))
-    return status
-
-
-def explain(error: BaseException, sources: dict[str, list[str]]) -> str:
-    """One line for the model: `NameError: name 'y' is not defined (line 3: z = y + 1)`."""
-    try:
-        text = str(error.msg if isinstance(error, SyntaxError) else error)
-    except BaseException:
-        text = "(the message could not be made)"
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
-    text = re.sub(r"(?<![\w.)])(?:/[\w.@+~-]+)+/(?=\w)", "", text)  # no folder of this machine
-    if isinstance(error, PermissionError) and error.errno:
-        text += "; snippets have no files, network or processes"
-    if len(text) > 1000:
-        text = text[:500] + " ... " + text[-500:]
-    places = [(getattr(error, "filename", ""), getattr(error, "lineno", 0) or 1)]
-    trace = error.__traceback__
-    while trace:
-        places.append((trace.tb_frame.f_code.co_filename, trace.tb_lineno))
-        trace = trace.tb_next
-    places = [place for place in places if place[0] in sources]
-    if not places:
-        return text
-    filename, number = places[-1]
-    line = "".join(sources[filename][number - 1 : number]).strip()[:120]
-    whose = "line" if filename == next(reversed(sources)) else "an earlier snippet's line"
-    return f"{text} ({whose} {number}: {line})"
-
-
-def serve(layers: list[str], report: dict[str, str]) -> None:
-    """Requests `ID NUMBER\\nCODE` on descriptor 3, replies `ID STATUS`, until the socket closes."""
-    namespace, sources = new_namespace(layers), {}
+    namespace = {"__name__": "__main__", "__builtins__": inside}
     while request := os.read(3, CODE_BYTES + 100):
         head, _, code = request.partition(b"\n")
         name, number = head.split()
@@ -690,8 +556,7 @@ def serve(layers: list[str], report: dict[str, str]) -> None:
             os.write(1, json.dumps([report, self_test()]).encode())
             status = "ok"
         else:
-            code = code.decode("utf-8", "surrogatepass")
-            status = run_snippet(code, int(number), namespace, sources)
+            status = snippet.run(code.decode("utf-8", "surrogatepass"), int(number), namespace)
         os.write(3, name + b" " + status.encode())
 
 
