@@ -2,9 +2,9 @@
 
 A *zygote* process, started once with an empty environment, imports sympy, numpy, scipy and the like
 and then only forks. Each trace gets a *session*: a fork that locks itself in before it reads its
-first snippet, then runs snippet after snippet in one namespace. In the caller's process a few
-threads each take a snippet from a queue and wait for it. A session that hangs, dies or holds too
-much is killed, and made again by replaying the snippets that ended by themselves.
+first snippet, then runs snippet after snippet in one namespace (snippet.py). In the caller's
+process a few threads each take a snippet from a queue and wait for it. A session that hangs, dies
+or holds too much is killed, and made again by replaying the snippets that ended by themselves.
 
 Whoever writes the snippets may run any code in the session, machine code included. It must not read
 or write a file, reach the network, start or signal a process, see the caller's secrets, disturb
@@ -18,20 +18,17 @@ another trace, or hold up the caller.
 
 Not covered: a snippet can lie about its own trace's outputs, use a core for its whole timeout and
 the memory it is given, and read what the zygote holds (libraries, no secrets); side channels such
-as timing; bugs of kernel or CPU. `--sandbox limits-only` goes on without seccomp, at your own risk.
-Same trace, same outputs, but for clocks, addresses, timeouts and unseeded generators. Linux only.
+as timing; bugs of kernel or CPU. Same trace, same outputs, but for clocks, addresses, timeouts and
+unseeded generators. Linux only; --sandbox limits-only goes on without seccomp, at your own risk.
 
-    python sandbox.py 'print(2**100)'     run a snippet           python sandbox.py -    from stdin
+    python sandbox.py 'print(2**100)'     or - to read the snippet from standard input
     python sandbox.py --check             which layers this host gives
 """
 
-import builtins
 import contextlib
 import ctypes
-import importlib
 import json
 import os
-import pkgutil
 import queue
 import re
 import resource
@@ -44,6 +41,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,7 +51,6 @@ import snippet
 LAYERS = ("namespace", "rlimits", "uid", "landlock", "seccomp")
 CODE_BYTES = 64 << 10  # before any parse: ast.parse of 20 MB takes a minute and 8 GB
 OUTPUT_BYTES = 1 << 20  # a snippet that prints more is stopped
-KEEP_BYTES = 4 << 10  # head and tail of an output that are kept
 MEMORY_BYTES = 2 << 30  # a snippet that needs more is stopped
 TICK = 20  # milliseconds between two looks at a running snippet
 ENDED_BY_ITSELF = ("ok", "error", "blocked")
@@ -83,7 +80,7 @@ class Result:
 class Session:
     """The variables of one trace: a process, and the snippets that can make it again.
 
-    One thread at a time owns the process: a worker while a snippet runs, else the box (`idle`).
+    One thread at a time owns the process: a worker, or who takes the session out of `box.idle`.
     """
 
     def __init__(self, box: "Sandbox"):
@@ -117,7 +114,7 @@ class Session:
     def close(self) -> None:
         """Forget the variables. A snippet that runs is stopped by its worker at the next tick."""
         self.closed = True
-        if self.box.take(self):
+        if self.box.idle.pop(self, None) is not None:
             self.process.signal(signal.SIGKILL)
             self.box.jobs.put(self.process.kill)  # a worker waits until it is dead
 
@@ -128,7 +125,7 @@ class Session:
         """In a worker: run a snippet to its end."""
         number = self.number
         self.number += 1
-        self.box.take(self)
+        self.box.idle.pop(self, None)
         if len(code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
             return Result("error", f"SyntaxError: the snippet is over {CODE_BYTES >> 10} KB", 0.0)
         try:
@@ -144,9 +141,10 @@ class Session:
     def prepare(self) -> str:
         """See to a process that holds this trace's variables. Returns what to say if some are lost.
 
-        In a replay a snippet gets the time that it took, and as much again. Where one ends
-        otherwise than it did, those before it are replayed once more.
+        In a replay a snippet gets twice the time that it took. Where one ends otherwise than it
+        did, those before it are replayed once more.
         """
+        self.box.wait_ready()
         note = ""
         while self.process is None or not self.process.alive():
             if self.process:
@@ -162,11 +160,8 @@ class Session:
         return note
 
 
-class Sandbox:
-    """A pool of sessions. The constructor returns at once: the zygote loads meanwhile.
-
-    `workers` snippets run at a time, one per core unless told otherwise. `layers` is for tests.
-    """
+class Sandbox(contextlib.AbstractContextManager):
+    """A pool of sessions, of which `workers` run at a time. The zygote loads in the background."""
 
     def __init__(self, workers: int | None = None, mode: str = "auto", layers=LAYERS):
         if mode not in ("auto", "limits-only"):
@@ -180,7 +175,7 @@ class Sandbox:
         self.jobs: queue.SimpleQueue = queue.SimpleQueue()
         self.done: queue.SimpleQueue = queue.SimpleQueue()
         self.pending = 0  # results that `poll` has still to give
-        self.idle: dict[Session, int] = {}  # bytes held by each, the longest idle session first
+        self.idle: OrderedDict[Session, int] = OrderedDict()  # bytes of each, longest idle first
         self.room, self.memory = idle_limits()
         self.zygote = Zygote(self.layers, self.closing)
         self.put(self.start)  # in a worker: a zygote dies with the thread that started it
@@ -189,9 +184,6 @@ class Sandbox:
         for _ in range(self.workers):
             self.threads.append(threading.Thread(target=self.work, daemon=True))
             self.threads[-1].start()
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.close()
@@ -251,20 +243,15 @@ class Sandbox:
         self.zygote.reap()
 
     def start(self) -> None:
-        """Start the zygote and let a first session attack its own walls."""
+        """Start the zygote, and judge by a first session what this host gives."""
         try:
             first = self.new_process(self.closing.is_set)
-            result = first.run("check", "", 60, self.closing.is_set)
             first.kill()
-            if result.status != "ok":
-                raise SandboxError(f"a session could not lock itself in: {result.output}")
-            self.report, passed = json.loads(result.output)
+            self.report = first.report
             off = [f"{name} ({said[5:]})" for name, said in self.report.items() if said < "on"]
-            self.zygote.required = [name for name, said in self.report.items() if said > "on"]
-            if "seccomp" in self.layers and (passed or "seccomp" not in self.zygote.required):
-                why = off[-1] if "seccomp" not in self.zygote.required else f"{passed} got through"
+            if "seccomp" in self.layers and self.report["seccomp"] < "on":
                 remedy = "to go on at your own risk: --sandbox limits-only"
-                raise SandboxError(f"no safe sandbox on this host: {why}; {remedy}")
+                raise SandboxError(f"no safe sandbox on this host: without {off[-1]}; {remedy}")
             if off:
                 print("sandbox: without " + ", ".join(off), file=sys.stderr)
         except Exception as error:
@@ -276,16 +263,17 @@ class Sandbox:
         patience = time.monotonic() + 2
         while not cancelled():
             try:
-                return Process(self.zygote)
+                process = Process(self.zygote)
             except OSError:
                 if not self.drop_longest_idle() and time.monotonic() > patience:
                     raise
-            time.sleep(0.01)  # for its process to end
+                time.sleep(0.01)  # for its process to end
+                continue
+            if any(process.report[name] < "on" < said for name, said in self.report.items()):
+                process.kill()
+                raise SandboxError("a session could not lock itself in as the first one did")
+            return process
         raise SandboxError("the session is closed")
-
-    def take(self, session: Session) -> bool:
-        """Make the caller the owner of an idle session's process. False if it was not idle."""
-        return self.idle.pop(session, None) is not None
 
     def shelve(self, session: Session) -> None:
         """Make an idle session's process the box's; too many, or too big, and the oldest go."""
@@ -297,11 +285,11 @@ class Sandbox:
             session.close()
 
     def drop_longest_idle(self) -> bool:
-        oldest = list(self.idle)[:1]
-        for session in oldest:
-            if self.take(session):
-                session.process.kill()
-        return bool(oldest)
+        with contextlib.suppress(KeyError):
+            session, _ = self.idle.popitem(last=False)
+            session.process.kill()
+            return True
+        return False
 
 
 def idle_limits() -> tuple[int, int]:
@@ -327,10 +315,7 @@ def private_bytes(pid: int) -> int:
 
 
 class Process:
-    """A fork of the zygote: a socket for requests, a pipe of output, a pidfd to kill it by.
-
-    Nothing that comes out of it is trusted. Raises OSError where the system has no room for it.
-    """
+    """A fork of the zygote: a socket, a pipe of output, a pidfd. What comes out is not trusted."""
 
     def __init__(self, zygote: "Zygote"):
         self.zygote = zygote
@@ -340,23 +325,21 @@ class Process:
         os.set_blocking(read, False)
         self.output = open(read, "rb", buffering=0)
         with theirs, open(write, "wb", buffering=0) as pipe:
-            required = " ".join(zygote.required)
-            self.pid = int(zygote.ask(f"fork {required}", [theirs.fileno(), pipe.fileno()]))
+            self.pid = int(zygote.ask("fork", [theirs.fileno(), pipe.fileno()]))
         try:
             self.pidfd = os.pidfd_open(self.pid)
-        except OSError:
+            self.report = json.loads(self.control.recv(1000))  # before any snippet: trusted
+        except (OSError, ValueError):
             zygote.ask(f"bury {self.pid}")
             raise
-        self.events, self.death = select.poll(), select.poll()
-        for poll in (self.events, self.death):
-            poll.register(self.pidfd, select.POLLIN)
+        self.events = select.poll()  # a message, or its death
         self.events.register(self.control, select.POLLIN)
+        self.events.register(self.pidfd, select.POLLIN)
 
     def run(self, number, code: str, timeout: float, cancelled) -> Result:
-        """Send a snippet and empty the pipe by the clock, until there is a reason to end.
+        """Send a snippet; empty the pipe by the clock (a flood then costs nothing) until it ends.
 
-        By the clock, so that a flood of small pieces costs us nothing. Unless the snippet ended by
-        itself, the process is dead afterwards.
+        Unless it ended by itself, the process is dead afterwards.
         """
         name = secrets.token_hex(8)  # only the owner of the request can reply to it
         request = f"{name} {number}\n".encode() + code.encode("utf-8", "surrogatepass")
@@ -379,7 +362,7 @@ class Process:
             elif time.monotonic() - started > timeout:
                 end = "timeout"
         seconds = time.monotonic() - started
-        output = printable(said)
+        output = snippet.printable(said)
         if end in ENDED_BY_ITSELF:
             self.signal(signal.SIGSTOP)  # a snippet that has forged its reply cannot run on
             return Result(end, output or "(nothing was printed: use print())", seconds)
@@ -398,7 +381,8 @@ class Process:
             case [said, "ok" | "error" | "blocked" | "memory" as status] if said == name:
                 return status
             case []:  # its socket is closed a moment before it is dead
-                self.death.poll(1000)
+                self.events.unregister(self.control)
+                self.events.poll(1000)
         return "crashed"
 
     def alive(self) -> bool:
@@ -422,15 +406,6 @@ class Process:
             return ""  # the zygote is dead, and its sessions with it
 
 
-def printable(said: bytes) -> str:
-    """Head and tail of an output, with control characters written out: safe on a terminal."""
-    cut = len(said) - 2 * KEEP_BYTES
-    if cut > 0:
-        said = said[:KEEP_BYTES] + b"\n... (%d bytes left out) ...\n" % cut + said[-KEEP_BYTES:]
-    text = said.decode("utf-8", "replace").strip("\n")
-    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
-
-
 class Zygote:
     """The process that all sessions are forks of. They die with it; then another is started."""
 
@@ -439,7 +414,6 @@ class Zygote:
         self.turn = threading.Lock()  # who holds it talks with the zygote
         self.process = self.control = None  # control is None where no zygote is up
         self.delay = 0.0  # seconds to wait before the next start
-        self.required: list[str] = []  # layers without which a session must not run
         self.memory = 0  # that the forks share with it
 
     def start(self) -> None:
@@ -448,12 +422,12 @@ class Zygote:
         self.delay = min(10.0, 2 * self.delay + 0.1)
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers}
-        python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
-        threads = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS")  # a session cannot start a thread
-        environment = {f"{name}_NUM_THREADS": "1" for name in threads}
-        environment |= {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+        environment = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+        for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS"):
+            environment[f"{library}_NUM_THREADS"] = "1"  # a session cannot start a thread
         if "LD_LIBRARY_PATH" in os.environ:
             environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
         with theirs:
             self.process = subprocess.Popen(
                 [*python, os.path.abspath(__file__), "--zygote", json.dumps(config)],
@@ -466,7 +440,9 @@ class Zygote:
         if self.closing.is_set():
             self.kill()
         self.control.settimeout(300)
-        said = self.control.recv(1000).decode()
+        said = ""
+        with contextlib.suppress(OSError):
+            said = self.control.recv(1000).decode()
         if said != "ready":
             self.reap()
             why = said or "its zygote ended; see `python sandbox.py --check`"
@@ -474,13 +450,9 @@ class Zygote:
         self.memory = private_bytes(self.process.pid)
 
     def ask(self, request: str, descriptors=()) -> str:
-        """The zygote's answer to `fork LAYERS` (a pid) or `bury PID`; raises OSError.
-
-        Where no zygote is up, or it dies meanwhile, the next fork starts one.
-        """
+        """Its answer to `fork`, which starts it if need be, or `bury PID`; raises OSError."""
         with self.turn:
-            fork = request.startswith("fork")
-            if fork and self.control is None:
+            if request == "fork" and self.control is None:
                 self.start()
             said = ""
             with contextlib.suppress(OSError, AttributeError):
@@ -489,7 +461,7 @@ class Zygote:
             if not said:
                 self.reap()
                 raise OSError("the sandbox's zygote has died")
-        if fork and not said.isdigit():
+        if request == "fork" and not said.isdigit():
             raise OSError(said)
         return said
 
@@ -507,124 +479,7 @@ class Zygote:
             self.control = None
 
 
-# ---- In the session: what a snippet may import, and the loop that serves it
-
-ALLOWED = """
-    math cmath random statistics fractions decimal numbers itertools functools collections operator
-    numpy scipy sympy mpmath networkx
-    string re datetime time calendar dataclasses typing types enum abc copy heapq bisect array queue
-    contextlib sys io json csv pprint textwrap warnings logging traceback timeit __future__ inspect
-    hashlib base64 binascii zlib struct unicodedata difflib graphlib locale weakref gc ast keyword
-    _strptime _pydecimal stringprep linecache
-""".split()
-SCIPY = """
-    scipy.cluster scipy.constants scipy.differentiate scipy.fft scipy.integrate scipy.interpolate
-    scipy.linalg scipy.ndimage scipy.optimize scipy.signal scipy.sparse.linalg scipy.sparse.csgraph
-    scipy.spatial.distance scipy.special scipy.stats.qmc scipy.stats.mstats
-""".split()  # its parts load lazily
-PLOTTING = "matplotlib mpl_toolkits seaborn pylab".split()
-
-
-def guarded_import(name, globals=None, locals=None, fromlist=(), level=0):
-    top = name.split(".")[0]
-    if top in PLOTTING:
-        return snippet.NoDisplay(top)
-    if level or top not in ALLOWED:
-        most = "numpy, scipy, sympy, math and most of the standard library are"
-        raise snippet.Refused(f"no module {'.' * level}{name} here; {most}")
-    return __import__(name, globals, locals, fromlist, level)
-
-
-def refuse(*_, **__):
-    raise PermissionError("snippets have no files, no input and no debugger")
-
-
-def serve(layers: list[str], report: dict[str, str]) -> None:
-    """Requests `ID NUMBER\\nCODE` on descriptor 3, replies `ID STATUS`, until the socket closes.
-
-    All snippets run in one namespace, so variables are kept.
-    """
-    inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
-    if "namespace" in layers:
-        inside |= dict.fromkeys(("open", "input", "breakpoint"), refuse)
-        inside["__import__"] = guarded_import
-    namespace = {"__name__": "__main__", "__builtins__": inside}
-    while request := os.read(3, CODE_BYTES + 100):
-        head, _, code = request.partition(b"\n")
-        name, number = head.split()
-        if number == b"check":
-            os.write(1, json.dumps([report, self_test()]).encode())
-            status = "ok"
-        else:
-            status = snippet.run(code.decode("utf-8", "surrogatepass"), int(number), namespace)
-        os.write(3, name + b" " + status.encode())
-
-
-def self_test() -> list[str]:
-    """Try to open, connect, fork and run. Returns what did not end in EPERM."""
-    attempts = {
-        "open": lambda: os.open("/etc/passwd", os.O_RDONLY),
-        "socket": socket.socket,
-        "fork": lambda: os.fork() or os._exit(0),
-        "exec": lambda: os.execv("/no/such/file", ["-"]),
-    }
-    passed = []
-    for name, attempt in attempts.items():
-        try:
-            attempt()
-            passed.append(name)
-        except OSError as error:
-            passed += [name] * (error.errno != 1)
-    return passed
-
-
 # ---- The zygote
-
-WARM_UP = """
-import gc, os, random, sys, warnings
-import numpy, scipy.integrate, sympy
-
-sys.set_int_max_str_digits(200_000)
-sys.setrecursionlimit(10_000)  # with 64 MB of stack
-numpy.set_printoptions(legacy="1.25")  # [1.0], not [np.float64(1.0)]
-numpy.random.bit_generator.randbits = random.getrandbits  # default_rng() repeats itself too
-x = sympy.symbols("x")
-sympy.solve(x**2 - 3 * x + 2, x)
-sympy.integrate(x * sympy.sin(x), x)
-sympy.factorint(1001)
-sympy.simplify(sympy.sin(x) ** 2)
-numpy.linalg.eigvals(numpy.eye(3))
-scipy.integrate.quad(lambda t: t, 0, 1)
-warnings.resetwarnings()
-for kind in "Deprecation PendingDeprecation Syntax Import Resource".split():
-    warnings.simplefilter("ignore", eval(kind + "Warning"))
-warnings.formatwarning = lambda message, kind, *rest: f"{kind.__name__}: {message}\\n"
-os.environ.clear()
-gc.collect()
-gc.freeze()  # the collector leaves these pages shared
-"""
-
-
-def preload() -> None:
-    """Import all that a snippet may import, now or lazily: afterwards no file can be opened."""
-    absent = (
-        "torch tensorflow jax cupy numba llvmlite matplotlib pandas aesara pyglet IPython".split()
-    )
-    sys.modules.update(dict.fromkeys(absent))  # None: sympy's printers import these if they can
-    skip = re.compile(
-        "test|bench|pyglet|llvm|f2py|distutils|__main__|sympy.this|_docs?$|parsing.latex|mbcs|oem"
-    )
-    for name in ("sympy", "mpmath", "numpy", "encodings"):
-        path = importlib.import_module(name).__path__
-        for module in pkgutil.walk_packages(path, name + ".", onerror=lambda _: None):
-            if not skip.search(module.name):
-                with contextlib.suppress(Exception):
-                    importlib.import_module(module.name)
-    for name in absent:
-        del sys.modules[name]
-    for name in ALLOWED + SCIPY:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
 
 
 def zygote_main(config: dict) -> None:
@@ -634,8 +489,7 @@ def zygote_main(config: dict) -> None:
     oom_score(500)  # short of memory, the kernel takes sessions (1000), then this, then the caller
     control = socket.socket(fileno=config["fd"])
     try:
-        preload()
-        exec(WARM_UP, {})
+        snippet.preload()
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("the zygote has more than one thread")
         config["filter"] = seccomp_filter(os.uname().machine)
@@ -648,13 +502,12 @@ def zygote_main(config: dict) -> None:
         request, descriptors, _, _ = socket.recv_fds(control, 200, 2)
         if not request:
             return
-        word, *rest = request.decode().split()
         try:
-            if word == "fork":
-                answer = fork_session(config, *descriptors, required=rest)
+            if request == b"fork":
+                answer = fork_session(config, *descriptors)
                 children.add(answer)
             else:
-                answer = bury(children, int(rest[0]))
+                answer = bury(children, int(request.split()[1]))
         except Exception as error:  # no room for a process, or for its descriptors here
             answer = f"{type(error).__name__}: {error}"
         for descriptor in descriptors:
@@ -675,8 +528,8 @@ def bury(children: set[int], pid: int) -> str:
     return "killed" if past and past.si_status == signal.SIGKILL else "stopped"
 
 
-def fork_session(config: dict, control: int, output: int, required: list[str]) -> int:
-    """The pid of a child that keeps null, output twice and requests, locks itself in, serves."""
+def fork_session(config: dict, control: int, output: int) -> int:
+    """The pid of a child that locks itself in, says how, and serves requests on descriptor 3."""
     zygote, pid = os.getpid(), os.fork()
     if pid:
         return pid
@@ -687,9 +540,8 @@ def fork_session(config: dict, control: int, output: int, required: list[str]) -
         os.dup2(output, 2)
         os.dup2(control, 3)
         os.closerange(4, 65536)
-        report = lock_in(config, zygote)
-        if all(report[name] > "on" for name in required):
-            serve(config["layers"], report)
+        os.write(3, json.dumps(lock_in(config, zygote)).encode())
+        snippet.serve(guarded="namespace" in config["layers"])
     finally:
         os._exit(0)
 
@@ -780,13 +632,26 @@ def landlock() -> str:
 
 
 def seccomp(program: bytes) -> str:
-    """Install the filter: from here on, a system call that it does not allow fails."""
+    """Install the filter: from here on, a system call that it does not allow fails. Try it."""
     if not program:
         raise OSError(0, f"no system call table for {os.uname().machine}")
     buffer = ctypes.create_string_buffer(program, len(program))
     length = len(program) // 8
     header = ctypes.create_string_buffer(struct.pack("HP", length, ctypes.addressof(buffer)))
     libc_call("prctl", 22, 2, ctypes.addressof(header), 0, 0)
+    attempts = {
+        "open": lambda: os.open("/etc/passwd", os.O_RDONLY),
+        "socket": socket.socket,
+        "fork": lambda: os.fork() or os._exit(0),
+        "exec": lambda: os.execv("/no/such/file", ["-"]),
+    }
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except OSError as error:
+            if error.errno == 1:  # EPERM is the filter's, EACCES Landlock's
+                continue
+        raise OSError(0, f"{name} got through")
     return f"{length} instructions"
 
 
@@ -805,19 +670,15 @@ SYSCALLS = """
 """
 ALL, PROT_EXEC, MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB = 0xFFFFFFFF, 4, 2, 15, 0x40000
 CLOCK_REALTIME = 256  # a bit of futex operations
-PRIVATE_FUTEX = [128, 129, 137, 138]  # wait and wake, and both with a bitset; no locks
-MADVICE = [4, 8, 14]  # DONTNEED, FREE, HUGEPAGE
-OTHERS_CLOCK = 0x80000000  # set where a clock id names a process
 CHECKS = {  # (half of an argument as a word of 32 bits, bits to look at, values that may be there)
     "mmap": [(4, PROT_EXEC, [0]), (6, MAP_TYPE | MAP_HUGETLB, [MAP_PRIVATE])],
     "mprotect": [(4, PROT_EXEC, [0])],
-    "madvise": [(4, ALL, MADVICE)],
-    "futex": [(2, ALL ^ CLOCK_REALTIME, PRIVATE_FUTEX)],
-    "clock_gettime": [(0, OTHERS_CLOCK, [0])],
-    "clock_getres": [(0, OTHERS_CLOCK, [0])],
-    "clock_nanosleep": [(0, OTHERS_CLOCK, [0])],
+    "madvise": [(4, ALL, [4, 8, 14])],  # DONTNEED, FREE, HUGEPAGE
+    "futex": [(2, ALL ^ CLOCK_REALTIME, [128, 129, 137, 138])],  # private waits and wakes, no locks
     "prlimit64": [(0, ALL, [0]), (4, ALL, [0]), (5, ALL, [0])],  # to read one's own
 }
+for name in ("clock_gettime", "clock_getres", "clock_nanosleep"):
+    CHECKS[name] = [(0, 0x80000000, [0])]  # this bit is set where a clock id names a process
 
 
 def seccomp_filter(machine: str) -> bytes:
@@ -853,7 +714,7 @@ def main() -> int:
     """Run a snippet of untrusted Python."""
     import tyro
 
-    import cli  # here only: it costs the zygote and its forks time and memory
+    from cli import UserError, parse  # here: the zygote and its forks do without
 
     @dataclass(kw_only=True)
     class Flags:
@@ -863,23 +724,20 @@ def main() -> int:
         """Print which layers this host gives."""
         sandbox: Literal["auto", "limits-only"] = "auto"
         """limits-only: go on where the kernel has no seccomp, at your own risk."""
-        timeout: float = 20.0
-        """Seconds."""
 
-    flags = cli.parse(Flags, description=main.__doc__)
-    cli.check_range(flags, 0.001, 1e6, "timeout")
+    flags = parse(Flags, description=main.__doc__)
     if not flags.check and not flags.code.strip():
-        raise cli.UserError("give a snippet, or - to read it from standard input")
+        raise UserError("give a snippet, or - to read it from standard input")
+    code = sys.stdin.read() if flags.code == "-" else flags.code
     try:
         with Sandbox(workers=1, mode=flags.sandbox) as box:
-            report = box.wait_ready()
             if flags.check:
-                print("\n".join(f"{name:12} {said}" for name, said in report.items()))
+                print("\n".join(f"{name:12} {said}" for name, said in box.wait_ready().items()))
                 return 0
-            code = sys.stdin.read() if flags.code == "-" else flags.code
-            result = box.session().run(code, flags.timeout)
+            box.wait_ready()
+            result = box.session().run(code)
     except SandboxError as error:
-        raise cli.UserError(str(error)) from None
+        raise UserError(str(error)) from None
     print(result.output)
     return 0 if result.status == "ok" else 1
 
