@@ -132,6 +132,8 @@ class Session:
             note = self.prepare()
             result = self.process.run(number, code, timeout, self.cancelled)
         except Exception as error:  # whatever happens, the caller waits for a result
+            if self.process:
+                self.process.kill()
             return Result("crashed", f"CrashError: no process could be started: {error}", 0.0)
         if result.status in ENDED_BY_ITSELF:
             self.history.append((number, code, result))
@@ -179,11 +181,10 @@ class Sandbox(contextlib.AbstractContextManager):
         self.room, self.memory = idle_limits()
         self.zygote = Zygote(self.layers, self.closing)
         self.put(self.start)  # in a worker: a zygote dies with the thread that started it
-        self.workers = workers or len(os.sched_getaffinity(0))
-        self.threads = []
-        for _ in range(self.workers):
-            self.threads.append(threading.Thread(target=self.work, daemon=True))
-            self.threads[-1].start()
+        self.workers = workers = workers or len(os.sched_getaffinity(0))
+        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(workers)]
+        for thread in self.threads:
+            thread.start()
 
     def __exit__(self, *_):
         self.close()
@@ -191,10 +192,9 @@ class Sandbox(contextlib.AbstractContextManager):
     def session(self) -> Session:
         return Session(self)
 
-    def wait_ready(self, timeout: float | None = None) -> dict[str, str]:
-        """Wait for the zygote and its self-test. Returns {layer: "on: ..." | "off: why"}."""
-        if not self.ready.wait(timeout):
-            raise SandboxError(f"the sandbox was not ready after {timeout} s")
+    def wait_ready(self) -> dict[str, str]:
+        """Wait for the zygote and a first session. Returns {layer: "on: ..." | "off: why"}."""
+        self.ready.wait()
         if self.broken:
             raise SandboxError(self.broken)
         return self.report
@@ -293,14 +293,13 @@ class Sandbox(contextlib.AbstractContextManager):
 
 
 def idle_limits() -> tuple[int, int]:
-    """(how many sessions may sit idle, how many bytes they may hold together)."""
+    """(how many idle sessions, of 3 descriptors and 10 MB at least; bytes of all together)."""
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max": no limit there
         group = Path("/proc/self/cgroup").read_text().split(":")[-1].strip()
         memory = min(memory, int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text()))
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
-    room = min(2000, (files - 50) // 3, memory // (10 << 20))  # 3 descriptors and page tables each
-    return max(1, room), memory // 4
+    return max(1, min(2000, (files - 50) // 3, memory // (10 << 20))), memory // 4
 
 
 def private_bytes(pid: int) -> int:
@@ -373,7 +372,7 @@ class Process:
         return Result("memory" if end == "killed" else end, output.strip("\n"), seconds)
 
     def reply(self, name: str) -> str:
-        """How the snippet ended, in its process's words; crashed if they are not those asked for."""
+        """How the snippet ended, in its process's words; crashed if they are not what is due."""
         words = []
         with contextlib.suppress(OSError):
             words = self.control.recv(100).decode("latin-1").split()
@@ -425,8 +424,7 @@ class Zygote:
         environment = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
         for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS"):
             environment[f"{library}_NUM_THREADS"] = "1"  # a session cannot start a thread
-        if "LD_LIBRARY_PATH" in os.environ:
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
+        environment |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
         python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
         with theirs:
             self.process = subprocess.Popen(
@@ -525,7 +523,8 @@ def bury(children: set[int], pid: int) -> str:
             kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     children.remove(pid)
-    return "killed" if past and past.si_status == signal.SIGKILL else "stopped"
+    killed = past and (past.si_code, past.si_status) == (os.CLD_KILLED, signal.SIGKILL)
+    return "killed" if killed else "stopped"
 
 
 def fork_session(config: dict, control: int, output: int) -> int:
