@@ -40,50 +40,43 @@ def run_main(main) -> None:
     130 for Ctrl-C, 0 when the reader of a pipe has left (`python data.py | head`). A traceback is a
     bug of ours. What was finished is on disk already, so there is nothing to save here.
     """
-    script, code = Path(sys.argv[0]).name, 2
+    code, said = 2, None
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        said = str(error)
     except ModuleNotFoundError as error:
-        print(
-            f"{script}: no package {error.name!r} in {sys.executable}: `make setup`",
-            file=sys.stderr,
-        )
+        said = f"no package {error.name!r} in {sys.executable}: `make setup`"
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        code = 130
+        code, said = 130, "interrupted"
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # else Python complains once more while it ends
         code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
     except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
         what = getattr(error, "strerror", None) or first_line(error)
-        if getattr(error, "filename", None):
-            what += f" ({error.filename})"
-        print(f"{script}: {what}: mend that and give the same command again", file=sys.stderr)
+        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
+        said = f"{what}{where}: mend that and give the same command again"
+    if said is not None:
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
-def parse(flags: type, default=None, **options):
-    """The command line as an instance of the dataclass `flags`, with the defaults of `default`.
+def parse(flags: type, **options):
+    """The command line as an instance of the dataclass `flags`; options: tyro.cli's.
 
     tyro explains a mistake in a box of several lines; here it becomes a UserError of one.
     """
     said = io.StringIO()
-    if default is not None:
-        options["default"] = default
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(flags, **options)
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]]
-        lines = box[: box.index("")] if "" in box else box  # up to the first rule
-        raise UserError(f"{' '.join(lines)} (--help lists the flags)") from None
+    box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]] + [""]
+    mistake = " ".join(box[: box.index("")])  # up to the first rule
+    raise UserError(f"{mistake} (--help lists the flags)")
 
 
 def check_range(flags, low: float, high: float, *fields: str) -> None:
@@ -96,10 +89,7 @@ def check_range(flags, low: float, high: float, *fields: str) -> None:
 
 
 def write_log(path: Path, row: dict) -> None:
-    """Append a row. The newline comes first: a row that a kill cut in two spoils no other.
-
-    A step that is done again after a kill has two rows; the later one counts.
-    """
+    """Append a row. The newline comes first: a row that a kill cut in two spoils no other."""
     with path.open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(row, ensure_ascii=False))
 
@@ -133,10 +123,9 @@ def has_cuda() -> bool:
 
 @lru_cache(maxsize=1)
 def go_offline_without_hub() -> None:
-    """Tell the Hugging Face libraries at once when the hub is out of reach.
+    """Tell the Hugging Face libraries, before their import, when the hub is out of reach.
 
-    Their own retries take over a minute. To be called before their import; copies in their cache
-    are still found.
+    Their own retries take over a minute. Copies in their cache are still found.
     """
     if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
         return  # the proxy knows the way
@@ -180,9 +169,7 @@ class ModelFlags:
     model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"
     """Hub id, folder, or `embedded`: a small one that came with the packages."""
     lora: str | None = None
-    """PEFT adapter folder, or `none`. Without this flag the embedded model gets its own in
-    adapters/.
-    """
+    """PEFT adapter folder, or `none`; without this flag the embedded model gets adapters/."""
     batch: int = 256 if has_cuda() else 64
     """Traces decoded at once."""
     gpu_memory_utilization: float = 0.9
@@ -200,9 +187,7 @@ class AgentFlags(ModelFlags):
     agent: bool = True
     """With the tool; --no-agent is plain reasoning, the baseline."""
     prompt: str = "chat"
-    """`chat` for ours, a name in prompts/, or a file with {question} in it: messages (.json) or
-    text.
-    """
+    """`chat`, a name in prompts/, or a file with {question} in it: messages (.json) or text."""
     few_shot: str | None = None
     """Solved examples: turns (for small models), system, none, a file like fewshot.txt, or
     style:file.
