@@ -1,15 +1,13 @@
 """What all command lines share: errors of one line, groups of flags, and the way out.
 
 A script ends with `run_main(main)`, and its main begins with `flags = parse(Flags)`: the fields of
-that dataclass are the flags and their docstrings the help, tyro reads both. The groups below are
-inherited by the scripts that need them; a function that needs flags takes the dataclass.
+that dataclass are the flags, their docstrings the help. Scripts inherit the groups below.
 """
 
 import contextlib
 import importlib.metadata
 import io
 import json
-import math
 import os
 import signal
 import socket
@@ -36,9 +34,7 @@ def first_line(error: BaseException) -> str:
 def run_main(main) -> None:
     """Run main() and exit with what it returns; what a user can mend becomes one line on stderr.
 
-    Exit code 2 for a UserError or the operating system's (a full disk, a file that is not ours),
-    130 for Ctrl-C, 0 when the reader of a pipe has left (`python data.py | head`). A traceback is a
-    bug of ours. What was finished is on disk already, so there is nothing to save here.
+    The exit code is 2 for that, 130 for Ctrl-C, 0 when a pipe's reader has left (`... | head`).
     """
     code, said = 2, None
     try:
@@ -54,19 +50,14 @@ def run_main(main) -> None:
         code = 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
     except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
-        what = getattr(error, "strerror", None) or first_line(error)
-        where = f" ({error.filename})" if getattr(error, "filename", None) else ""
-        said = f"{what}{where}: mend that and give the same command again"
+        said = f"{first_line(error)}: mend that and give the same command again"
     if said is not None:
         print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
 def parse(flags: type, **options):
-    """The command line as an instance of the dataclass `flags`; options: tyro.cli's.
-
-    tyro explains a mistake in a box of several lines; here it becomes a UserError of one.
-    """
+    """The command line as a dataclass `flags`; of tyro's box around a mistake one line is left."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -75,8 +66,7 @@ def parse(flags: type, **options):
         if not end.code:  # --help
             raise
     box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]] + [""]
-    mistake = " ".join(box[: box.index("")])  # up to the first rule
-    raise UserError(f"{mistake} (--help lists the flags)")
+    raise UserError(" ".join(box[: box.index("")]) + " (--help lists the flags)")
 
 
 def check_range(flags, low: float, high: float, *fields: str) -> None:
@@ -84,7 +74,7 @@ def check_range(flags, low: float, high: float, *fields: str) -> None:
     for field in fields:
         value = getattr(flags, field)
         if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
             raise UserError(f"--{field.replace('_', '-')} must be {bounds}, not {value}")
 
 
@@ -107,26 +97,17 @@ def stop_on_ctrl_c() -> list:
     return stop
 
 
-# ---- This machine
-
-
-@lru_cache(maxsize=1)
 def has_cuda() -> bool:
     """Whether this machine and this installation can use an NVIDIA GPU. Cheap: without torch."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        return False
-    try:
-        return "+cpu" not in importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        driver = Path("/proc/driver/nvidia/version").exists()
+        return driver and "+cpu" not in importlib.metadata.version("torch")
+    return False
 
 
 @lru_cache(maxsize=1)
 def go_offline_without_hub() -> None:
-    """Tell the Hugging Face libraries, before their import, when the hub is out of reach.
-
-    Their own retries take over a minute. Copies in their cache are still found.
-    """
+    """Tell the Hugging Face libraries, before their import: their retries take over a minute."""
     if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
         return  # the proxy knows the way
     url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -135,9 +116,6 @@ def go_offline_without_hub() -> None:
         socket.create_connection((url.hostname, port), timeout=5).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-# ---- Groups of flags
 
 
 @dataclass(kw_only=True)
