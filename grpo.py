@@ -739,7 +739,7 @@ def main() -> int:
         if rank == 0:
             open_folder(config)
         else:
-            sys.stdout = stack.enter_context(open(os.devnull, "w"))  # one voice is enough
+            sys.stdout = open(os.devnull, "w")  # one voice is enough
         config = team.gather(config)[0]  # with rank 0's seed; what it refuses, nobody begins
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: the trainer needs room, too
         prepare_environment(config.verbose)
