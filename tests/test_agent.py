@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import re
-import subprocess
 import sys
 
 import pytest
@@ -380,6 +379,18 @@ def test_json_is_one_object_and_nothing_else(qwen, monkeypatch, capfd):
     assert set(result["traces"][0]["calls"][0]) == {"code", "status", "output", "seconds"}
 
 
+def test_ctrl_c_closes_what_is_open_and_is_one_line(qwen, monkeypatch, capsys):
+    boxes = []
+
+    def interrupted(code):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FakeBox, "answer", lambda box, code: boxes.append(box) or interrupted(code))
+    code, out, err = run_main(qwen, monkeypatch, capsys, {"q?": CALL}, ["q?"])
+    assert (code, err) == (130, "agent.py: interrupted\n") and out.endswith("</tool_call>")
+    assert not boxes[0].open
+
+
 MISTAKES = [
     (["--nosuch", "q"], "--nosuch"),
     (["q", "r"], "r"),
@@ -402,9 +413,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("argv", "match"), MISTAKES)
-def test_mistakes_are_one_line_and_exit_code_2(argv, match):
-    command = [sys.executable, "agent.py", *argv]
-    options = {"cwd": ROOT, "capture_output": True, "text": True, "timeout": 90}
-    shown = subprocess.run(command, stdin=subprocess.DEVNULL, **options)
-    assert shown.returncode == 2 and shown.stdout == "" and match in shown.stderr
-    assert re.fullmatch(r"agent\.py: [^\n]*\n", shown.stderr), shown.stderr
+def test_mistakes_are_one_line_and_exit_code_2(qwen, monkeypatch, capsys, argv, match):
+    monkeypatch.chdir(ROOT)
+    code, out, err = run_main(qwen, monkeypatch, capsys, {}, argv)
+    assert code == 2 and out == "" and match in err
+    assert re.fullmatch(r"agent\.py: [^\n]*\n", err), err

@@ -185,6 +185,7 @@ def test_the_fake_engine_does_what_the_real_one_does(bare):
 
 
 @pytest.mark.engine
+@pytest.mark.slow  # with the scripted engine: test_agent.py
 def test_ctrl_c_in_the_middle_of_a_trace():
     talk = "--temperature 2 --top-k 0 --top-p 1 --few-shot none --max-tokens 3000 Count."
     process = subprocess.Popen(
@@ -245,20 +246,25 @@ def test_names(tmp_path, monkeypatch):
 
 
 def test_what_is_no_adapter_or_model_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="not a PEFT adapter"):
-        adapter_config(str(tmp_path))
-    shutil.copytree(engine.ADAPTER, tmp_path / "a")
-    weights = tmp_path / "a" / "adapter_model.safetensors"
-    (tmp_path / "a" / "adapter_config.json").write_text('{"r": "x"}')
-    with pytest.raises(UserError, match="adapter_config.json"):
-        adapter_config(str(tmp_path / "a"))
-    os.truncate(weights, 1000)
-    with pytest.raises(UserError, match="damaged"):
-        adapter_config(str(tmp_path / "a"))
+    for name in ("damaged", "regular"):
+        shutil.copytree(engine.ADAPTER, tmp_path / name)
+    os.truncate(tmp_path / "damaged" / "adapter_model.safetensors", 1000)
+    (tmp_path / "regular" / "adapter_config.json").write_text('{"r": "x"}')
+    for folder in (tmp_path, tmp_path / "damaged", tmp_path / "regular"):
+        with pytest.raises(UserError, match="not a PEFT adapter"):
+            adapter_config(str(folder))
     for folder in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="--model embedded") as caught:
             engine.load_tokenizer(str(folder))
         assert "\n" not in str(caught.value)
+
+
+def test_what_vllm_is_told_of_an_adapter():
+    options = engine.lora_options({"r": 9, "target_modules": ["a.0.q_proj", "a.1.q_proj"]})
+    assert options["max_lora_rank"] == 16 and options["lora_target_modules"] == ["q_proj"]
+    assert "lora_target_modules" not in engine.lora_options({"r": 8, "target_modules": ".*_proj"})
+    with pytest.raises(UserError, match="rank 1000"):
+        engine.lora_options({"r": 1000})
 
 
 def test_a_problem_longer_than_the_context_is_one_line(monkeypatch):
@@ -286,11 +292,12 @@ def test_a_rank_keeps_to_its_share_of_the_cores():
     assert said.split() == ["(1,", "2)", str(max(1, len(os.sched_getaffinity(0)) // 2))]
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_of_the_embedded_model_is_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = engine.embedded_model()
     os.truncate(folder / "model.safetensors", 1000)
     assert engine.embedded_model() == folder
-    assert engine.is_whole(folder / "model.safetensors")
+    engine.check_whole(folder / "model.safetensors")
     assert capsys.readouterr().err.count("preparing the embedded model") == 2
     assert len(list((tmp_path / "deepmath").iterdir())) == 1  # no temporary folder is left
