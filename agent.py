@@ -88,8 +88,8 @@ class Trace:
 
     def append_text(self, kind: str, text: str) -> None:
         """kind: model (prose) | code (a call with its tags) | output."""
+        self.text += text
         if text:
-            self.text += text
             self.spans.append((kind, len(text)))
 
 
@@ -109,13 +109,10 @@ def trace_seed(seed: int, *what) -> int:
 
     A request that is added again with the same seed would replay the same noise.
     """
-    name = "/".join(map(str, (seed, *what)))
-    digest = hashlib.sha256(name.encode()).digest()
+    parts = [str(part) for part in (seed, *what)]
+    name = "/".join(parts).encode()
+    digest = hashlib.sha256(name).digest()
     return int.from_bytes(digest[:7])  # vLLM takes 63 bits
-
-
-def nobody(trace: Trace, kind: str, value) -> None:
-    """An on_event that does not listen."""
 
 
 @dataclass
@@ -129,7 +126,7 @@ class Agent:
     box: Sandbox | None  # None without the tool
     prompt: Prompt
     flags: AgentFlags
-    max_len: int  # the engine's context, in tokens
+    max_len: int  # the context, in tokens
     slots: int = 64  # traces that decode at once
     lora: Any = None  # vLLM's LoRARequest
     serial: Iterator[int] = field(default_factory=itertools.count)
@@ -148,7 +145,7 @@ class Agent:
         on_event(trace, kind, value) sees "text" (a str), "call" (code) and "output" (a Result).
         """
         jobs = iter(jobs)
-        notify = on_event or nobody
+        notify = on_event or ignore
         ready: list[Live] = []
         decoding: dict[str, Live] = {}  # by the name of its request
         running: dict[Session, Live] = {}
@@ -178,9 +175,7 @@ class Agent:
                 # One engine step: one more token for every trace in the batch.
                 outputs = self.engine.step() if decoding else []
                 for output in outputs:
-                    live = decoding.get(output.request_id)
-                    if live is None:  # aborted, and this output was on its way
-                        continue
+                    live = decoding[output.request_id]
                     new = output.outputs[0]  # what this step has added
                     text = self.take(live, new)
                     if text:
@@ -213,7 +208,9 @@ class Agent:
                 slots = min(self.slots, 8 * slots)
         finally:  # also after Ctrl-C, or when the caller stops listening
             self.engine.abort_request(list(decoding))
-            for live in [*ready, *decoding.values(), *running.values()]:
+            ready += decoding.values()
+            ready += running.values()
+            for live in ready:
                 if live.session:
                     live.session.close()
 
@@ -238,11 +235,12 @@ class Agent:
         stops = list(self.prompt.stops)
         if self.prompt.agent:
             stops.append(CALL_CLOSE)
+        request = (trace.problem.id, trace.sample, live.requests)
         params = SamplingParams(
             temperature=flags.temperature,
             top_p=flags.top_p,
             top_k=flags.top_k,
-            seed=trace_seed(flags.seed, trace.problem.id, trace.sample, live.requests),
+            seed=trace_seed(flags.seed, *request),
             max_tokens=min(flags.max_tokens - trace.sampled, self.room(trace)),
             stop=stops,
             include_stop_str_in_output=True,
@@ -258,16 +256,20 @@ class Agent:
 
     def take(self, live: Live, new) -> str:
         """Append what one engine step has sampled, a CompletionOutput; returns its text."""
-        choices = new.logprobs or []  # for each token a dict, with the sampled one in it
-        logprobs = [row[token].logprob for token, row in zip(new.token_ids, choices, strict=True)]
+        tok = self.tokenizer
+        logprobs = []
+        for token, row in zip(new.token_ids, new.logprobs or [], strict=True):
+            logprobs.append(row[token].logprob)
         live.trace.append(new.token_ids, 1, logprobs)
+
         text = new.text
-        if live.trace.ids[-1:] == [self.tokenizer.eos_token_id]:
-            text = text.removesuffix(self.tokenizer.eos_token)  # it ends the turn and is no text
+        last = new.token_ids[-1:]
+        if last == [tok.eos_token_id]:
+            text = text.removesuffix(tok.eos_token)  # it ends the turn and is no text
         if new.stop_reason == CALL_CLOSE:
             # The text ends with the tag, but its last token may hold more: `>` and a newline.
-            last = self.tokenizer.decode(new.token_ids[-1:])
-            text += last.partition(">")[2]
+            _, _, more = tok.decode(last).partition(">")
+            text += more
         live.segment += text
         return text
 
@@ -300,9 +302,11 @@ class Agent:
     def insert(self, live: Live, result: Result) -> None:
         """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit."""
         trace = live.trace
-        trace.calls.append((snippet_in(live.segment), result))
+        code = snippet_in(live.segment)
+        trace.calls.append((code, result))
         inserted = len(trace.ids) - trace.sampled
-        room = min(self.room(trace) - 1, inserted_allowance(self.flags) - inserted)
+        allowed = inserted_allowance(self.flags) - inserted
+        room = min(allowed, self.room(trace) - 1)
         newline = "" if live.segment.endswith("\n") else "\n"
         ids = self.output_block(newline, result.output, room)
         if not ids:
@@ -310,7 +314,8 @@ class Agent:
             return
         self.close_segment(live)
         trace.append(ids, 0, [0.0] * len(ids))
-        trace.append_text("output", self.tokenizer.decode(ids, skip_special_tokens=False))
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        trace.append_text("output", text)
 
     def output_block(self, newline: str, output: str, room: int) -> list[int]:
         """An output between its fences as tokens, at most `room` of them; [] where that is too
@@ -319,13 +324,15 @@ class Agent:
         It is untrusted text: encoded apart, so that nothing in it becomes a control token. A fence
         inside it would end the block; SPLIT goes first, for it could hide one.
         """
-        output = output.replace(SPLIT, "").replace("```", "'''")
-        shown = encode(self.tokenizer, disarm(self.tokenizer, output))
-        before = encode(self.tokenizer, newline + "```output\n")
-        after = encode(self.tokenizer, "\n```\n")
+        tok = self.tokenizer
+        output = output.replace(SPLIT, "")
+        output = output.replace("```", "'''")
+        shown = encode(tok, disarm(tok, output))
+        before = encode(tok, newline + "```output\n")
+        after = encode(tok, "\n```\n")
         room = min(OUTPUT_TOKENS, room - len(before) - len(after))
         if len(shown) > room:
-            note = encode(self.tokenizer, "\n[... cut ...]\n")
+            note = encode(tok, "\n[... cut ...]\n")
             half = (room - len(note)) // 2
             if half < 1:
                 return []
@@ -341,10 +348,11 @@ class Agent:
 
     def close_segment(self, live: Live) -> None:
         """Move the segment into its trace."""
+        trace = live.trace
         prose, call = self.split(live.segment)
-        live.trace.append_text("model", prose)
-        live.trace.append_text("code", call)
-        live.trace.answer = extract_answer(prose) or live.trace.answer
+        trace.append_text("model", prose)
+        trace.append_text("code", call)
+        trace.answer = extract_answer(prose) or trace.answer
         live.segment = ""
 
     def end(self, live: Live) -> Trace:
@@ -355,13 +363,19 @@ class Agent:
         return live.trace
 
 
+def ignore(trace: Trace, kind: str, value) -> None:
+    """The on_event of a rollout that nobody watches."""
+
+
 def snippet_in(segment: str) -> str:
     """The code of a closed call; of several opening tags the last counts: the model began anew.
 
     >>> snippet_in("Well. <tool_call> no: <tool_call>\\nprint(6 * 7)\\n</tool_call>")
     'print(6 * 7)'
     """
-    return segment.rpartition(CALL_CLOSE)[0].rpartition(CALL_OPEN)[2].strip("\n")
+    call, _, _ = segment.rpartition(CALL_CLOSE)
+    _, _, code = call.rpartition(CALL_OPEN)
+    return code.strip("\n")
 
 
 # ---- From flags to an agent
@@ -385,7 +399,9 @@ def check_flags(flags: AgentFlags) -> Prompt:
 
 def inserted_allowance(flags: AgentFlags) -> int:
     """Tokens that a trace's inserted outputs may have together, so that the context is known."""
-    return max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
+    if not flags.agent:
+        return 0
+    return max(2 * OUTPUT_TOKENS, flags.max_tokens // 2)
 
 
 @contextlib.contextmanager
@@ -398,16 +414,21 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: b
     prepare_environment(flags.verbose)
     if flags.model != "embedded":
         go_offline_without_hub()
-    with Sandbox(mode=flags.sandbox) if prompt.agent else contextlib.nullcontext() as box:
+    sandbox = contextlib.nullcontext()
+    if prompt.agent:
+        sandbox = Sandbox(mode=flags.sandbox)
+    with sandbox as box:
         model, lora = resolve_model(flags.model, flags.lora)
         tokenizer = load_tokenizer(model)
         if not tokenizer.chat_template and not prompt.stops:
             prompt = replace(prompt, stops=BASE_STOPS)
 
         # The context to plan for: an engine that keeps less can hold more traces.
-        prompts = [render_prompt(tokenizer, prompt, problem.question) for problem in problems]
-        longest = max(map(len, prompts), default=2048)  # at the interactive prompt nobody knows
         context = context_length(model)
+        longest = 0 if problems else 2048  # at the interactive prompt nobody knows
+        for problem in problems:
+            ids = render_prompt(tokenizer, prompt, problem.question)
+            longest = max(longest, len(ids))
         if longest >= context:
             too_long = f"the prompt has {longest} tokens and the model's context is {context}"
             raise UserError(f"{too_long}: shorten the problem, or use --few-shot none")
@@ -445,7 +466,7 @@ class Flags(AgentFlags):
 def printable(text: str) -> str:
     r"""Text whose control characters, but for newline and tab, are written out: \x1b."""
     controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-    return re.sub(controls, lambda match: f"\\x{ord(match[0]):02x}", text)
+    return re.sub(controls, lambda match: ascii(match[0])[1:-1], text)
 
 
 def solve(agent: Agent, problem: Problem, n: int, console) -> dict:
@@ -455,13 +476,12 @@ def solve(agent: Agent, problem: Problem, n: int, console) -> dict:
         if kind == "text":
             console.print(printable(value), end="")
         if kind == "output":
-            style = "dim" if value.status == "ok" else "red"
             block = f"\n```output\n{value.output}\n```\n"
-            console.print(printable(block), end="", style=style)
+            console.print(printable(block), end="", style="dim")
 
     started = time.monotonic()
     traces = []
-    jobs = [(problem, sample) for sample in range(n)]
+    jobs = ((problem, sample) for sample in range(n))
     for trace in agent.rollout(jobs, on_event if n == 1 else None):
         traces.append(trace)
         if n > 1:
@@ -473,50 +493,52 @@ def solve(agent: Agent, problem: Problem, n: int, console) -> dict:
 
     tokens = sum(trace.sampled for trace in traces)
     calls = sum(len(trace.calls) for trace in traces)
-    cost = f"{tokens} tokens, {calls} calls, {time.monotonic() - started:.1f} s"
-    if n > 1 and result.clusters:
-        _, votes, _ = result.clusters[0]
-        cost += f", {votes} of {n} votes"
-    if n == 1 and traces[0].finish not in ("eos", "answer"):
-        cost += f", cut by {traces[0].finish}"
+    seconds = time.monotonic() - started
+    cost = f"{tokens} tokens, {calls} calls, {seconds:.1f} s"
     if n == 1:
         console.print()  # ends the trace's last line
+        if traces[0].finish not in ("eos", "answer"):
+            cost += f", cut by {traces[0].finish}"
+    elif result.clusters:
+        _, votes, _ = result.clusters[0]
+        cost += f", {votes} of {n} votes"
     console.print(printable(f"answer: {result.winner or 'none'}"), style="bold")
     console.print(f"({cost})", style="dim")
+    votes = [{"answer": answer, "count": count} for answer, count, _ in result.clusters]
+    shown = [trace_json(trace) for trace in traces]
     return {
         "problem": problem.question,
         "answer": result.winner,
-        "votes": [{"answer": answer, "count": count} for answer, count, _ in result.clusters],
-        "traces": [trace_json(trace) for trace in traces],
+        "votes": votes,
+        "traces": shown,
     }
 
 
 def trace_json(trace: Trace) -> dict:
+    calls = [{"code": code, **asdict(result)} for code, result in trace.calls]
     return {
         "text": trace.text,
         "answer": trace.answer,
         "finish": trace.finish,
         "tokens": trace.sampled,
-        "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
+        "calls": calls,
     }
 
 
 def read_problem(flags: Flags) -> str | None:
     """The problem on the command line or standard input, None for the interactive prompt."""
-    text = flags.problem
-    if text is None and flags.json:
-        raise UserError("--json needs a problem (or - for standard input)")
-    if text is None:
+    if flags.problem is None and not flags.json:
         return None
-    try:
-        if text == "-":
-            text = sys.stdin.read()
-        text.encode()
-    except UnicodeError:
-        raise UserError("the problem is not valid UTF-8 text") from None
+    text = flags.problem or ""
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
     if not text.strip():
-        raise UserError("the problem is empty: give one in quotes, or - for standard input")
+        raise UserError("no problem: give one in quotes, or - for standard input")
     return text.strip()
+
+
+def as_problem(question: str) -> Problem:
+    return Problem(problem_id(question), question, answer=None)
 
 
 def ask(console) -> Iterator[str]:
@@ -542,13 +564,13 @@ def main() -> None:
     stdout = os.dup(1)
     if flags.json:  # whatever a library prints goes to stderr: stdout holds the object alone
         os.dup2(2, 1)
-    given = [] if text is None else [Problem(problem_id(text), text, None)]
+    given = [as_problem(text)] if text else []
     with open_agent(flags, given, flags.n) as agent:
-        for question in [text] if given else ask(console):
-            problem = Problem(problem_id(question), question, None)
+        for problem in given or map(as_problem, ask(console)):
             result = solve(agent, problem, flags.n, console)
             if flags.json:
-                os.write(stdout, json.dumps(result, ensure_ascii=False).encode() + b"\n")
+                text = json.dumps(result, ensure_ascii=False) + "\n"
+                os.write(stdout, text.encode())
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ Left out: tokenised caches and pipelines of `map`. A benchmark is a few hundred 
 
 import csv
 import hashlib
+import io
 import json
 import math
 import random
@@ -27,7 +28,9 @@ from cli import AgentFlags, DataFlags, UserError
 from cli import check_range, first_line, go_offline_without_hub, parse, run_main
 
 HERE = Path(__file__).resolve().parent
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+SETS_FILE = HERE / "problems" / "sets.txt"
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
 
 
 @dataclass
@@ -39,8 +42,8 @@ class Problem:
 
 
 def problem_id(question: str) -> str:
-    words = " ".join(question.split())
-    return hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:12]
+    words = " ".join(question.split()).encode("utf-8", "replace")
+    return hashlib.sha256(words).hexdigest()[:12]
 
 
 # ---- The sets
@@ -56,23 +59,40 @@ class Part(NamedTuple):
 
 
 def read_sets() -> dict[str, list[Part]]:
-    sets: dict[str, list[Part]] = {}
-    for line in (HERE / "problems" / "sets.txt").read_text().splitlines()[1:]:
+    sets = {}
+    lines = SETS_FILE.read_text().splitlines()
+    for line in lines[1:]:
         name, *columns = line.split(maxsplit=4)
-        sets.setdefault(name, []).append(Part(*columns))
+        parts = sets.setdefault(name, [])
+        parts.append(Part(*columns))
     return sets
 
 
 SETS = read_sets()
 TOO_LARGE = "nvidia/OpenMathReasoning"  # to be downloaded whole
 FILES = (".jsonl", ".json", ".csv", ".parquet")
-QUESTION_KEYS = "problem question question_concat prompt input Problem Question".split()
-ANSWER_KEYS = "answer final_answer expected_answer gold target Answer".split()
+QUESTION_KEYS = [  # the usual names of the column
+    "problem",
+    "question",
+    "question_concat",
+    "prompt",
+    "input",
+    "Problem",
+    "Question",
+]
+ANSWER_KEYS = [
+    "answer",
+    "final_answer",
+    "expected_answer",
+    "gold",
+    "target",
+    "Answer",
+]
 
 
 def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True) -> list[Problem]:
     """The problems that the flags ask for (of `dataset` if given), in order, each question once."""
-    name = flags.dataset if dataset is None else dataset
+    name = dataset or flags.dataset
     check_range(flags, 1, math.inf, "limit")
     found: dict[str, Problem] = {}
     for problem in find_problems(name, flags, need_answer):
@@ -88,15 +108,18 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
 
 
 def find_problems(name: str, flags: DataFlags, need_answer: bool) -> Iterator[Problem]:
-    if name not in SETS and "/" not in name and Path(name).suffix not in FILES:
-        known = f"{', '.join(sorted(SETS))}, a hub id or a file ({', '.join(FILES)})"
-        raise UserError(f"unknown dataset {name!r}: give one of {known}")
-    for part in SETS.get(name, [Part(name, "test", "-", "")]):
+    parts = SETS.get(name)
+    if parts is None:
+        if "/" not in name and Path(name).suffix not in FILES:
+            known = ", ".join(SETS)
+            raise UserError(f"unknown dataset {name!r}: give a hub id, a .jsonl file or {known}")
+        parts = [Part(name, split="test", keep="-", licence="")]
+    for part in parts:
         conditions = list(flags.where)
         if part.keep != "-":
             conditions += part.keep.split(",")
-        split = flags.split or part.split
-        for number, row in enumerate(read_rows(part.place, split, flags), start=1):
+        rows = read_rows(part.place, flags.split or part.split, flags)
+        for number, row in enumerate(rows, start=1):
             if all(matches(row, condition) for condition in conditions):
                 yield to_problem(row, f"{part.place}: row {number}", flags, need_answer)
 
@@ -106,8 +129,9 @@ def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
     remedy = "is the file there, and whole?"
     try:
         if place == "built-in":
-            rows = read_file(HERE / "problems" / "arithmetic.jsonl")
-            yield from (row for row in rows if row["split"] == split)
+            for row in read_file(HERE / "problems" / "arithmetic.jsonl"):
+                if row["split"] == split:
+                    yield row
         elif Path(place).suffix in FILES:
             yield from read_file(Path(place))
         else:
@@ -124,11 +148,13 @@ def read_file(path: Path) -> list[dict]:
         return pyarrow.parquet.read_table(path).to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
-        rows = list(csv.DictReader(text.splitlines(keepends=True)))
-    elif path.suffix == ".jsonl":
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    else:
+        lines = io.StringIO(text)
+        rows = list(csv.DictReader(lines))
+    elif path.suffix == ".json":
         rows = json.loads(text)
+    else:
+        lines = text.split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or None in row:  # csv puts cells without a name under None
             raise ValueError(f"row {number} is not one value for each name")
@@ -157,8 +183,10 @@ def to_problem(row: dict, where: str, flags: DataFlags, need_answer: bool) -> Pr
     row = json.loads(plain.encode("utf-8", "replace"))
 
     names = ", ".join(row)
-    question = row.pop(flags.question_key or usual(QUESTION_KEYS, row), None)
-    answer = clean_answer(row.pop(flags.answer_key or usual(ANSWER_KEYS, row), None))
+    question_key = flags.question_key or usual(QUESTION_KEYS, row)
+    answer_key = flags.answer_key or usual(ANSWER_KEYS, row)
+    question = row.pop(question_key, None)
+    answer = clean_answer(row.pop(answer_key, None))
     if isinstance(question, list) and question:  # a chat: its last turn
         question = question[-1]["content"]
     question = str(question or "").strip()
@@ -170,18 +198,23 @@ def to_problem(row: dict, where: str, flags: DataFlags, need_answer: bool) -> Pr
 
 
 def usual(names: list[str], row: dict) -> str | None:
-    return next((name for name in names if name in row), None)
+    for name in names:
+        if name in row:
+            return name
+    return None
 
 
 def clean_answer(value) -> str | None:
     """A gold answer as text: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27."""
     if isinstance(value, list):  # OlympiadBench: its items often stand in dollar signs
-        value = ", ".join(str(item).strip().strip("$") for item in value)
+        items = [str(item).strip("$ ") for item in value]
+        value = ", ".join(items)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = "" if value is None else str(value).strip()
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].strip().replace(",", "")
+    _, mark, last = text.rpartition("####")
+    if mark:
+        text = last.strip().replace(",", "")
     return text or None
 
 
@@ -195,15 +228,17 @@ def matches(row: dict, condition: str) -> bool:
     number = r"(-?\d+(?:\.\d+)?)"
     bounds = re.fullmatch(f"{number}(?:-{number})?", want)
     if bounds is None:
-        return want.lower() in [level.lower() for level in topic_levels(row[key])]
-    low, high = float(bounds[1]), float(bounds[2] or bounds[1])
+        levels = [level.lower() for level in topic_levels(row[key])]
+        return want.lower() in levels
+    low = float(bounds[1])
+    high = float(bounds[2] or low)
     first = re.search(number, str(row[key]))
     return first is not None and low <= float(first[0]) <= high
 
 
 def topic_levels(value) -> list[str]:
     """`Mathematics -> Algebra -> Groups` as its levels, the most general first."""
-    text = "" if value is None else str(value)
+    text = str(value or "")
     return [part.strip() for part in text.split("->")]
 
 
@@ -254,19 +289,23 @@ def read_prompt(flags: AgentFlags) -> Prompt:
 def few_shot(flags: AgentFlags) -> tuple[str, list[tuple[str, str]]]:
     """--few-shot (a style, a file, or style:file) as (style, examples)."""
     usual_style = "turns" if flags.model == "embedded" else "system"
-    style, _, file = (flags.few_shot or usual_style).partition(":")
+    choice = flags.few_shot or usual_style
+    style, _, file = choice.partition(":")
     if style == "none":
         return style, []
     if style not in ("turns", "system"):
-        style, file = usual_style, flags.few_shot
-    return style, read_examples(Path(file or HERE / "fewshot.txt"))
+        style = usual_style
+        file = choice
+    examples = read_examples(Path(file or HERE / "fewshot.txt"))
+    return style, examples
 
 
 def read_examples(file: Path) -> list[tuple[str, str]]:
     """(question, solution) pairs of a file like fewshot.txt."""
     text = file.read_text(encoding="utf-8", errors="replace")
+    blocks = re.split(r"\n---+\n", text)
     examples = []
-    for number, block in enumerate(re.split(r"\n---+\n", text), start=1):
+    for number, block in enumerate(blocks, start=1):
         match = re.fullmatch(r"\s*Question:\s*(.+?)\s*\n\n\s*(.+?)\s*", block, re.DOTALL)
         if match is None:
             raise UserError(f"{file}: example {number} is not like fewshot.txt's")
@@ -294,7 +333,8 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
 
 
 def fill(message: dict, question: str) -> dict:
-    return {**message, "content": message["content"].replace("{question}", question)}
+    content = message["content"].replace("{question}", question)
+    return {**message, "content": content}
 
 
 # ---- Tokens
@@ -305,7 +345,8 @@ SPLIT = "\ue000"  # a private-use character: where a look-alike of a control tok
 @lru_cache
 def control_tokens(tokenizer) -> re.Pattern:
     """Matches the first character of an added token's name; of names that overlap, each one's."""
-    names = [re.escape(str(token)) for token in tokenizer.added_tokens_decoder.values()]
+    tokens = tokenizer.added_tokens_decoder.values()
+    names = [re.escape(str(token)) for token in tokens]
     return re.compile(f"(?={'|'.join(names)}).", re.DOTALL)
 
 
@@ -315,7 +356,8 @@ def disarm(tokenizer, text: str) -> str:
     A literal `<|im_end|>` in a problem or in a snippet's output would otherwise be encoded as the
     token that ends the turn. Cut in two and encoded apart, it reads the same and controls nothing.
     """
-    return control_tokens(tokenizer).sub(rf"\g<0>{SPLIT}", text.replace(SPLIT, ""))
+    text = text.replace(SPLIT, "")
+    return control_tokens(tokenizer).sub(rf"\g<0>{SPLIT}", text)
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -328,8 +370,11 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
     """Ids up to where the assistant's turn begins. The question is untrusted, the rest is ours."""
-    messages = list(prompt.messages) or [{"role": "text", "content": prompt.text}]
-    messages[-1] = fill(messages[-1], disarm(tokenizer, question))
+    question = disarm(tokenizer, question)
+    messages = list(prompt.messages)
+    if prompt.text:
+        messages = [{"role": "text", "content": prompt.text}]
+    messages[-1] = fill(messages[-1], question)
     if prompt.messages and tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode(tokenizer, text)
@@ -342,7 +387,7 @@ def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
             content = f"Question: {content}\n"
         parts.append(content)
     ids = encode(tokenizer, "\n\n".join(parts))
-    if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
+    if getattr(tokenizer, "add_bos_token", False):
         ids.insert(0, tokenizer.bos_token_id)
     return ids
 
@@ -363,7 +408,7 @@ class Flags(DataFlags):
 def main() -> None:
     flags = parse(Flags, description="Show the problems of a set.")
     if flags.list:
-        print((HERE / "problems" / "sets.txt").read_text(), end="")
+        print(SETS_FILE.read_text(), end="")
         return
     problems = load_problems(flags, need_answer=False)
     for problem in problems[: flags.show]:
@@ -373,7 +418,8 @@ def main() -> None:
     if not flags.stats:
         return
     for key in problems[0].meta:
-        counts = Counter(str(problem.meta.get(key)) for problem in problems)
+        values = [str(problem.meta.get(key)) for problem in problems]
+        counts = Counter(values)
         if len(counts) <= 20:
             shown = [f"{value} {count}" for value, count in counts.most_common()]
             print(f"by {key}: {', '.join(shown)}")

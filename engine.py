@@ -80,8 +80,10 @@ def adapter_config(folder: str) -> dict:
     try:
         config = json.loads((Path(folder) / "adapter_config.json").read_text())
         check_whole(Path(folder) / "adapter_model.safetensors")
-        return {"base_model_name_or_path": None, **config, "r": int(config["r"])}
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
+        config.setdefault("base_model_name_or_path", None)
+        config["r"] = int(config["r"])
+        return config
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
         needs = "it needs adapter_config.json and a whole adapter_model.safetensors"
         what = f"--lora {folder}: not a PEFT adapter folder: {needs}"
         raise UserError(f"{what} ({first_line(error)})") from None
@@ -120,7 +122,8 @@ def embedded_model() -> Path:
     if package is None:
         raise UserError("the embedded model is not installed: `make setup`, or another --model")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepmath"
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(home) / "deepmath"
     target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
     with contextlib.suppress(OSError, SafetensorError):
         check_whole(target / "model.safetensors")
@@ -262,7 +265,8 @@ def load_engine(
                 request = LoRARequest("adapter-0", 1, str(Path(lora).resolve()))
                 engine.add_lora(request)  # now, so that a wrong one ends here
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        words = str(error).split() or [type(error).__name__]
+        reason = " ".join(words)[:300]
         what = f"the engine could not load {model} with --lora {lora or 'none'}: {reason}"
         raise UserError(f"{what} (--verbose shows the engine's log)") from None
     os.environ["LD_PRELOAD"] = preload  # vLLM's own: not for our sandbox and graders
@@ -385,7 +389,10 @@ def save_adapter(model, folder: Path, dtype=None) -> None:
     """A PEFT adapter folder, written beside its place and renamed: there whole or not at all."""
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    weights = {k: t.to(dtype or t.dtype) for k, t in model.state_dict().items() if "lora_" in k}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" in name:
+            weights[name] = tensor.to(dtype or tensor.dtype)
     model.save_pretrained(work, state_dict=weights, save_embedding_layers=False)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
@@ -405,7 +412,8 @@ def merge(run: Path) -> None:
         base = str(embedded_model())
     with model_errors(base):
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(run / "merged")
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.save_pretrained(run / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
     print(f"{run / 'merged'}: {base} with {adapter}")
 
@@ -526,8 +534,7 @@ def take_rank() -> tuple[int, int]:
     rank, ranks, local, here = [int(os.environ[name]) for name in names]
     if has_cuda():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        devices = visible.split(",") if visible else [str(i) for i in range(here)]
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local]
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
     else:
         cores = sorted(os.sched_getaffinity(0))
         mine = cores[local::here] or cores
@@ -544,7 +551,9 @@ class Team:
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size, self.calls = rank, size, 0
+        self.rank = rank
+        self.size = size
+        self.calls = 0
         if size > 1:
             import torch.distributed as dist
 

@@ -339,7 +339,7 @@ def run_main(tok, monkeypatch, capsys, scripts, argv, stdin=""):
 
     monkeypatch.setattr(agent, "open_agent", fake_agent)
     monkeypatch.setattr(sys, "argv", ["agent.py", *argv])
-    monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode("latin-1"))))
     with pytest.raises(SystemExit) as end:
         cli.run_main(agent.main)
     return end.value.code, *capsys.readouterr()
@@ -354,8 +354,10 @@ def test_main_streams_one_trace(qwen, monkeypatch, capsys):
 
 
 def test_main_votes_and_says_why_a_trace_was_cut(qwen, monkeypatch, capsys):
-    scripts = {"q?": "So \\boxed{42}."}
-    code, out, _ = run_main(qwen, monkeypatch, capsys, scripts, ["--n", "3", "-"], stdin=" q?\n")
+    scripts = {"q\ufffd?": "So \\boxed{42}."}
+    code, out, _ = run_main(
+        qwen, monkeypatch, capsys, scripts, ["--n", "3", "-"], stdin=" q\xe9?\n"
+    )
     assert code == 0 and out.count("eos: 42") == 3 and "3 of 3 votes" in out
     flags = ["q?", "--max-tokens", "20"]
     code, out, _ = run_main(qwen, monkeypatch, capsys, {"q?": "hm " * 100}, flags)
@@ -394,11 +396,11 @@ def test_ctrl_c_closes_what_is_open_and_is_one_line(qwen, monkeypatch, capsys):
 MISTAKES = [
     (["--nosuch", "q"], "--nosuch"),
     (["q", "r"], "r"),
-    ([""], "empty"),
-    (["-"], "empty"),
+    ([""], "no problem"),
+    (["-"], "no problem"),
     (["--n", "0", "q"], "--n"),
     (["--n", "x", "q"], "--n"),
-    (["--json"], "--json needs a problem"),
+    (["--json"], "no problem"),
     (["--temperature", "-1", "q"], "--temperature"),
     (["--temperature", "nan", "q"], "--temperature"),
     (["--top-p", "0", "q"], "--top-p"),
