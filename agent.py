@@ -263,7 +263,7 @@ class Agent:
         live.trace.append(new.token_ids, 1, logprobs)
 
         text = new.text
-        last = new.token_ids[-1:]
+        last = live.trace.ids[-1:]
         if last == [tok.eos_token_id]:
             text = text.removesuffix(tok.eos_token)  # it ends the turn and is no text
         if new.stop_reason == CALL_CLOSE:
@@ -504,24 +504,21 @@ def solve(agent: Agent, problem: Problem, n: int, console) -> dict:
         cost += f", {votes} of {n} votes"
     console.print(printable(f"answer: {result.winner or 'none'}"), style="bold")
     console.print(f"({cost})", style="dim")
-    votes = [{"answer": answer, "count": count} for answer, count, _ in result.clusters]
-    shown = [trace_json(trace) for trace in traces]
     return {
         "problem": problem.question,
         "answer": result.winner,
-        "votes": votes,
-        "traces": shown,
+        "votes": [{"answer": answer, "count": count} for answer, count, _ in result.clusters],
+        "traces": [trace_json(trace) for trace in traces],
     }
 
 
 def trace_json(trace: Trace) -> dict:
-    calls = [{"code": code, **asdict(result)} for code, result in trace.calls]
     return {
         "text": trace.text,
         "answer": trace.answer,
         "finish": trace.finish,
         "tokens": trace.sampled,
-        "calls": calls,
+        "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
     }
 
 

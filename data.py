@@ -17,7 +17,7 @@ import json
 import math
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -59,35 +59,19 @@ class Part(NamedTuple):
 
 
 def read_sets() -> dict[str, list[Part]]:
-    sets = {}
-    lines = SETS_FILE.read_text().splitlines()
-    for line in lines[1:]:
+    sets = defaultdict(list)
+    _, *lines = SETS_FILE.read_text().splitlines()
+    for line in lines:
         name, *columns = line.split(maxsplit=4)
-        parts = sets.setdefault(name, [])
-        parts.append(Part(*columns))
-    return sets
+        sets[name].append(Part(*columns))
+    return dict(sets)
 
 
 SETS = read_sets()
 TOO_LARGE = "nvidia/OpenMathReasoning"  # to be downloaded whole
 FILES = (".jsonl", ".json", ".csv", ".parquet")
-QUESTION_KEYS = [  # the usual names of the column
-    "problem",
-    "question",
-    "question_concat",
-    "prompt",
-    "input",
-    "Problem",
-    "Question",
-]
-ANSWER_KEYS = [
-    "answer",
-    "final_answer",
-    "expected_answer",
-    "gold",
-    "target",
-    "Answer",
-]
+QUESTION_KEYS = "problem question question_concat prompt input Problem Question".split()
+ANSWER_KEYS = "answer final_answer expected_answer gold target Answer".split()
 
 
 def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True) -> list[Problem]:
@@ -97,7 +81,8 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
     found: dict[str, Problem] = {}
     for problem in find_problems(name, flags, need_answer):
         found.setdefault(problem.id, problem)
-        if len(found) == flags.limit and flags.shuffle is None:  # a shuffle wants the whole set
+        enough = len(found) == flags.limit
+        if enough and flags.shuffle is None:  # a shuffle wants the whole set
             break
     if not found:
         raise UserError(f"{name}: no rows {' '.join(flags.where)}")
@@ -118,10 +103,12 @@ def find_problems(name: str, flags: DataFlags, need_answer: bool) -> Iterator[Pr
         conditions = list(flags.where)
         if part.keep != "-":
             conditions += part.keep.split(",")
-        rows = read_rows(part.place, flags.split or part.split, flags)
+        split = flags.split or part.split
+        rows = read_rows(part.place, split, flags)
         for number, row in enumerate(rows, start=1):
+            where = f"{part.place}: row {number}"
             if all(matches(row, condition) for condition in conditions):
-                yield to_problem(row, f"{part.place}: row {number}", flags, need_answer)
+                yield to_problem(row, where, flags, need_answer)
 
 
 def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
@@ -158,7 +145,8 @@ def read_file(path: Path) -> list[dict]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict) or None in row:  # csv puts cells without a name under None
             raise ValueError(f"row {number} is not one value for each name")
-    return rows
+    columns = {name: None for row in rows for name in row}
+    return [{**columns, **row} for row in rows]
 
 
 def read_hub(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
@@ -198,10 +186,7 @@ def to_problem(row: dict, where: str, flags: DataFlags, need_answer: bool) -> Pr
 
 
 def usual(names: list[str], row: dict) -> str | None:
-    for name in names:
-        if name in row:
-            return name
-    return None
+    return next((name for name in names if name in row), None)
 
 
 def clean_answer(value) -> str | None:
@@ -238,7 +223,7 @@ def matches(row: dict, condition: str) -> bool:
 
 def topic_levels(value) -> list[str]:
     """`Mathematics -> Algebra -> Groups` as its levels, the most general first."""
-    text = str(value or "")
+    text = "" if value is None else str(value)
     return [part.strip() for part in text.split("->")]
 
 

@@ -49,11 +49,14 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     Without --lora the embedded model gets the adapter that we trained for it, and a repository or
     folder that holds nothing but an adapter is loaded as its base model with the adapter on top.
     """
-    base, adapter = model, None
+    base = model
+    adapter = None
     if model == "embedded":
-        base, adapter = str(embedded_model()), str(ADAPTER)
+        base = str(embedded_model())
+        adapter = str(ADAPTER)
     elif alone := adapter_only(model):
-        base, adapter = adapter_config(alone)["base_model_name_or_path"], alone
+        base = adapter_config(alone)["base_model_name_or_path"]
+        adapter = alone
     if lora == "none":
         adapter = None
     elif lora is not None:

@@ -212,6 +212,13 @@ def test_the_real_sandbox(qwen):
 # ---- Many traces
 
 
+def loop_for(tok, scripts, prompt=AGENT_PROMPT, flags=None, box=None, slots=64):
+    """(fake engine, Agent) for these scripts."""
+    fake = FakeEngine(tok, prompt, {q: sampled_ids(tok, s) for q, s in scripts.items()}, 4096)
+    flags = flags or AgentFlags(max_tokens=1024)
+    return fake, Agent(fake, tok, box or FakeBox(), prompt, flags, 4096, slots)
+
+
 def test_samples_of_one_problem_and_lazy_jobs(qwen):
     traces, played = play(qwen, {"a": CALL, "b": "\\boxed{1}"}, samples=3)
     assert len(traces) == 6 and len({s for r in played.records["a"] for s in r.seeds}) == 6
@@ -222,9 +229,8 @@ def test_samples_of_one_problem_and_lazy_jobs(qwen):
             asked.append(i)
             yield Problem("p", "q", None), i
 
-    flags, box = AgentFlags(max_tokens=50), FakeBox()
-    fake = FakeEngine(qwen, AGENT_PROMPT, {"q": sampled_ids(qwen, "word " * 20)}, 4096)
-    rollout = Agent(fake, qwen, box, AGENT_PROMPT, flags, 4096, slots=4).rollout(jobs())
+    _, loop = loop_for(qwen, {"q": "word " * 20}, slots=4)
+    rollout = loop.rollout(jobs())
     next(rollout)
     assert len(asked) <= 8  # no more than what has a place
     rollout.close()
@@ -245,30 +251,18 @@ def test_a_slow_snippet_delays_nobody(qwen):
 
 def test_the_first_prompt_is_computed_before_others_need_its_beginning(qwen):
     scripts = {f"q{i}": "word " * 30 for i in range(40)}
-    peaks = []
-    fake = FakeEngine(
-        qwen, AGENT_PROMPT, {q: sampled_ids(qwen, s) for q, s in scripts.items()}, 4096
-    )
-    flags = AgentFlags(max_tokens=30)
-    loop = Agent(fake, qwen, FakeBox(), AGENT_PROMPT, flags, 4096, slots=32)
-    step = fake.step
-
-    def counted():
-        peaks.append(len(fake.active))
-        return step()
-
-    fake.step = counted
+    fake, loop = loop_for(qwen, scripts, slots=32)
+    step, together = fake.step, []
+    fake.step = lambda: together.append(len(fake.active)) or step()
     list(loop.rollout([(Problem(q, q, None), 0) for q in scripts]))
-    assert peaks[:3] == [1, 8, 32]
+    assert together[:3] == [1, 8, 32]
 
 
 @pytest.mark.parametrize("after", [0, 2])
 def test_leaving_early_leaves_nothing_behind(qwen, after):
     scripts = {f"q{i}": f"{CALL}\n" * 5 + "word " * i for i in range(6)}
     box = FakeBox("42", wait=lambda code: 2)
-    ids = {q: sampled_ids(qwen, s) for q, s in scripts.items()}
-    fake = FakeEngine(qwen, AGENT_PROMPT, ids, 4096)
-    loop = Agent(fake, qwen, box, AGENT_PROMPT, AgentFlags(max_tokens=1024), 4096)
+    fake, loop = loop_for(qwen, scripts, box=box)
     rollout = loop.rollout([(Problem(q, q, None), 0) for q in scripts])
     for _ in range(after):
         next(rollout)
@@ -333,9 +327,7 @@ def run_main(tok, monkeypatch, capsys, scripts, argv, stdin=""):
     @contextlib.contextmanager
     def fake_agent(flags, problems, traces):
         agent.check_flags(flags)
-        prompt = AGENT_PROMPT if flags.agent else PLAIN_PROMPT
-        ids = {q: sampled_ids(tok, s) for q, s in scripts.items()}
-        yield Agent(FakeEngine(tok, prompt, ids, 4096), tok, FakeBox(), prompt, flags, 4096)
+        yield loop_for(tok, scripts, AGENT_PROMPT if flags.agent else PLAIN_PROMPT, flags)[1]
 
     monkeypatch.setattr(agent, "open_agent", fake_agent)
     monkeypatch.setattr(sys, "argv", ["agent.py", *argv])
@@ -384,10 +376,11 @@ def test_json_is_one_object_and_nothing_else(qwen, monkeypatch, capfd):
 def test_ctrl_c_closes_what_is_open_and_is_one_line(qwen, monkeypatch, capsys):
     boxes = []
 
-    def interrupted(code):
+    def answer(box, code):
+        boxes.append(box)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(FakeBox, "answer", lambda box, code: boxes.append(box) or interrupted(code))
+    monkeypatch.setattr(FakeBox, "answer", answer)
     code, out, err = run_main(qwen, monkeypatch, capsys, {"q?": CALL}, ["q?"])
     assert (code, err) == (130, "agent.py: interrupted\n") and out.endswith("</tool_call>")
     assert not boxes[0].open

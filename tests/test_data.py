@@ -95,10 +95,11 @@ def test_answers_and_questions_as_they_are_written(tmp_path):
     path = tmp_path / "a[1] *.jsonl"
     path.write_text(
         '\ufeff{"problem": "a\u2028", "answer": 1180591620717411303424}\n'
-        '{"problem": "\\ud800", "answer": "1/2"}'
+        '{"problem": "\\ud800", "answer": "1/2", "level": 3}'
     )
     found = [(p.question, p.answer) for p in load(dataset=str(path))]
     assert found == [("a", "1180591620717411303424"), ("?", "1/2")]
+    assert questions(dataset=str(path), where=("level=3",)) == ["?"]  # a row may lack a column
 
 
 def test_columns_by_name_chats_and_dates(tmp_path):
@@ -119,7 +120,7 @@ def test_gold_answers(value, answer):
 
 
 FILES = [
-    ("rows.jsonl", "", "cannot be read"),
+    ("rows.jsonl", "", "no rows"),
     ("rows.jsonl", "\n\n", "no rows"),
     ("rows.jsonl", '{"problem": "1?", "answer": "1"}\n{"probl', "cannot be read"),
     ("rows.jsonl", "null\n", "cannot be read"),
