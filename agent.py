@@ -189,21 +189,22 @@ class Agent:
                         self.engine.abort_request([output.request_id])
                     if place == "ready":
                         ready.append(live)
-                    else:
-                        code = snippet_in(live.segment)
-                        notify(live.trace, "call", code)
-                        live.session = live.session or self.box.session()
-                        live.session.submit(code, self.flags.snippet_seconds)
-                        running[live.session] = live
+                        continue
+
+                    live.session = live.session or self.box.session()
+                    running[live.session] = live
+                    code = snippet_in(live.segment)
+                    notify(live.trace, "call", code)
+                    live.session.submit(code, self.flags.snippet_seconds)
 
                 # Snippets that have ended: their outputs become tokens with mask 0.
                 patience = 0 if decoding or ready else 0.2  # seconds
                 results = self.box.poll(patience) if running else []
                 for session, result in results:
                     live = running.pop(session)
+                    ready.append(live)
                     notify(live.trace, "output", result)
                     self.insert(live, result)
-                    ready.append(live)
 
                 slots = min(self.slots, 8 * slots)
         finally:  # also after Ctrl-C, or when the caller stops listening

@@ -42,8 +42,9 @@ class Problem:
 
 
 def problem_id(question: str) -> str:
-    words = " ".join(question.split()).encode("utf-8", "replace")
-    return hashlib.sha256(words).hexdigest()[:12]
+    words = " ".join(question.split())
+    digest = hashlib.sha256(words.encode("utf-8", "replace"))
+    return digest.hexdigest()[:12]
 
 
 # ---- The sets
@@ -53,9 +54,9 @@ class Part(NamedTuple):
     """A line of problems/sets.txt; a set has one or more of them."""
 
     place: str  # an id on the hub, perhaps with `:config`; a file; or `built-in`
-    split: str
-    keep: str  # conditions separated by commas, - for none: other rows do not belong to the set
-    licence: str
+    split: str = "test"
+    keep: str = "-"  # conditions, separated by commas: other rows do not belong to the set
+    licence: str = ""
 
 
 def read_sets() -> dict[str, list[Part]]:
@@ -78,27 +79,30 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
     """The problems that the flags ask for (of `dataset` if given), in order, each question once."""
     name = dataset or flags.dataset
     check_range(flags, 1, math.inf, "limit")
-    found: dict[str, Problem] = {}
+    found = {}  # by id
     for problem in find_problems(name, flags, need_answer):
         found.setdefault(problem.id, problem)
         enough = len(found) == flags.limit
         if enough and flags.shuffle is None:  # a shuffle wants the whole set
             break
     if not found:
-        raise UserError(f"{name}: no rows {' '.join(flags.where)}")
+        where = " ".join(flags.where)
+        raise UserError(f"{name}: no rows {where}")
     problems = list(found.values())
     if flags.shuffle is not None:
-        random.Random(flags.shuffle).shuffle(problems)
+        order = random.Random(flags.shuffle)
+        order.shuffle(problems)
     return problems[: flags.limit]
 
 
 def find_problems(name: str, flags: DataFlags, need_answer: bool) -> Iterator[Problem]:
     parts = SETS.get(name)
     if parts is None:
-        if "/" not in name and Path(name).suffix not in FILES:
+        is_file = Path(name).suffix in FILES
+        if not is_file and "/" not in name:
             known = ", ".join(SETS)
             raise UserError(f"unknown dataset {name!r}: give a hub id, a .jsonl file or {known}")
-        parts = [Part(name, split="test", keep="-", licence="")]
+        parts = [Part(name)]
     for part in parts:
         conditions = list(flags.where)
         if part.keep != "-":
@@ -116,7 +120,8 @@ def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
     remedy = "is the file there, and whole?"
     try:
         if place == "built-in":
-            for row in read_file(HERE / "problems" / "arithmetic.jsonl"):
+            rows = read_file(HERE / "problems" / "arithmetic.jsonl")
+            for row in rows:
                 if row["split"] == split:
                     yield row
         elif Path(place).suffix in FILES:
@@ -132,7 +137,8 @@ def read_file(path: Path) -> list[dict]:
     if path.suffix == ".parquet":
         import pyarrow.parquet
 
-        return pyarrow.parquet.read_table(path).to_pylist()
+        table = pyarrow.parquet.read_table(path)
+        return table.to_pylist()
     text = path.read_text(encoding="utf-8-sig")
     if path.suffix == ".csv":
         lines = io.StringIO(text)
@@ -143,7 +149,8 @@ def read_file(path: Path) -> list[dict]:
         lines = text.split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict) or None in row:  # csv puts cells without a name under None
+        # csv puts cells without a name under None
+        if not isinstance(row, dict) or None in row:
             raise ValueError(f"row {number} is not one value for each name")
     columns = {name: None for row in rows for name in row}
     return [{**columns, **row} for row in rows]
@@ -157,12 +164,9 @@ def read_hub(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
     datasets.config.TORCH_AVAILABLE = False  # or a stream would import it, for nothing
     name, _, config = place.partition(":")
     only_a_few = flags.limit is not None and flags.shuffle is None
-    return datasets.load_dataset(
-        name,
-        flags.config or config or None,
-        split=split,
-        streaming=only_a_few or name == TOO_LARGE,
-    )
+    stream = only_a_few or name == TOO_LARGE
+    config = flags.config or config or None
+    return datasets.load_dataset(name, config, split=split, streaming=stream)
 
 
 def to_problem(row: dict, where: str, flags: DataFlags, need_answer: bool) -> Problem:
@@ -174,7 +178,8 @@ def to_problem(row: dict, where: str, flags: DataFlags, need_answer: bool) -> Pr
     question_key = flags.question_key or usual(QUESTION_KEYS, row)
     answer_key = flags.answer_key or usual(ANSWER_KEYS, row)
     question = row.pop(question_key, None)
-    answer = clean_answer(row.pop(answer_key, None))
+    answer = row.pop(answer_key, None)
+    answer = clean_answer(answer)
     if isinstance(question, list) and question:  # a chat: its last turn
         question = question[-1]["content"]
     question = str(question or "").strip()
@@ -196,11 +201,13 @@ def clean_answer(value) -> str | None:
         value = ", ".join(items)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = "" if value is None else str(value).strip()
+    if value is None:
+        return None
+    text = str(value)
     _, mark, last = text.rpartition("####")
     if mark:
-        text = last.strip().replace(",", "")
-    return text or None
+        text = last.replace(",", "")
+    return text.strip() or None
 
 
 def matches(row: dict, condition: str) -> bool:
@@ -209,7 +216,8 @@ def matches(row: dict, condition: str) -> bool:
     """
     key, equals, want = condition.partition("=")
     if not equals or key not in row:
-        raise UserError(f"--where {condition}: write it as level=4-5, of: {', '.join(row)}")
+        names = ", ".join(row)
+        raise UserError(f"--where {condition}: write it as level=4-5, of: {names}")
     number = r"(-?\d+(?:\.\d+)?)"
     bounds = re.fullmatch(f"{number}(?:-{number})?", want)
     if bounds is None:
@@ -218,13 +226,16 @@ def matches(row: dict, condition: str) -> bool:
     low = float(bounds[1])
     high = float(bounds[2] or low)
     first = re.search(number, str(row[key]))
-    return first is not None and low <= float(first[0]) <= high
+    if first is None:
+        return False
+    return low <= float(first[0]) <= high
 
 
 def topic_levels(value) -> list[str]:
     """`Mathematics -> Algebra -> Groups` as its levels, the most general first."""
     text = "" if value is None else str(value)
-    return [part.strip() for part in text.split("->")]
+    parts = text.split("->")
+    return [part.strip() for part in parts]
 
 
 # ---- Prompts
@@ -263,7 +274,8 @@ def read_prompt(flags: AgentFlags) -> Prompt:
     if style == "turns":
         for question, solution in examples:
             earlier.append(fill(last, question))
-            earlier.append({"role": "assistant", "content": solution})
+            reply = {"role": "assistant", "content": solution}
+            earlier.append(reply)
     if style == "system":
         solved = [f"Question: {question}\n\n{solution}" for question, solution in examples]
         together = "\n\n---\n\n".join(solved)
@@ -271,7 +283,7 @@ def read_prompt(flags: AgentFlags) -> Prompt:
     return Prompt(True, (*earlier, last))
 
 
-def few_shot(flags: AgentFlags) -> tuple[str, list[tuple[str, str]]]:
+def few_shot(flags: AgentFlags) -> tuple[str, list]:
     """--few-shot (a style, a file, or style:file) as (style, examples)."""
     usual_style = "turns" if flags.model == "embedded" else "system"
     choice = flags.few_shot or usual_style
@@ -281,7 +293,8 @@ def few_shot(flags: AgentFlags) -> tuple[str, list[tuple[str, str]]]:
     if style not in ("turns", "system"):
         style = usual_style
         file = choice
-    examples = read_examples(Path(file or HERE / "fewshot.txt"))
+    file = file or HERE / "fewshot.txt"
+    examples = read_examples(Path(file))
     return style, examples
 
 
@@ -332,7 +345,8 @@ def control_tokens(tokenizer) -> re.Pattern:
     """Matches the first character of an added token's name; of names that overlap, each one's."""
     tokens = tokenizer.added_tokens_decoder.values()
     names = [re.escape(str(token)) for token in tokens]
-    return re.compile(f"(?={'|'.join(names)}).", re.DOTALL)
+    choices = "|".join(names)
+    return re.compile(f"(?={choices}).", re.DOTALL)
 
 
 def disarm(tokenizer, text: str) -> str:
@@ -371,7 +385,8 @@ def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
         if message["role"] == "user":
             content = f"Question: {content}\n"
         parts.append(content)
-    ids = encode(tokenizer, "\n\n".join(parts))
+    text = "\n\n".join(parts)
+    ids = encode(tokenizer, text)
     if getattr(tokenizer, "add_bos_token", False):
         ids.insert(0, tokenizer.bos_token_id)
     return ids
@@ -398,16 +413,14 @@ def main() -> None:
     problems = load_problems(flags, need_answer=False)
     for problem in problems[: flags.show]:
         print(f"[{problem.id}] {problem.question}\n    answer: {problem.answer}\n")
-    longest = max(len(problem.question) for problem in problems)
-    print(f"{flags.dataset}: {len(problems)} problems, the longest of {longest} characters")
+    print(f"{flags.dataset}: {len(problems)} problems")
     if not flags.stats:
         return
     for key in problems[0].meta:
         values = [str(problem.meta.get(key)) for problem in problems]
-        counts = Counter(values)
+        counts = Counter(values).most_common()
         if len(counts) <= 20:
-            shown = [f"{value} {count}" for value, count in counts.most_common()]
-            print(f"by {key}: {', '.join(shown)}")
+            print(f"by {key}: {dict(counts)}")
 
 
 if __name__ == "__main__":

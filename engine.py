@@ -363,7 +363,7 @@ def load_trainer(config, folder: str, adapter: str | None):
     for module in model.modules():  # no dropout anywhere: the policy that is trained has sampled
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        if hasattr(module, "attention_dropout"):
+        if isinstance(getattr(module, "attention_dropout", None), float):
             module.attention_dropout = 0.0
     check_head(model)
     named = EMBEDDED_HUB if config.model == "embedded" else folder  # what --merge will need
