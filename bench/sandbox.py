@@ -11,13 +11,13 @@ python bench/sandbox.py
 import contextlib
 import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 
-from common import alone, machine, print_head, print_row  # first
+from common import alone, machine, number, print_head, print_row  # first
 
 from cli import run_main
 from sandbox import Sandbox
@@ -59,8 +59,7 @@ def interpret(code: str, connection) -> None:
 
     executor = LocalPythonExecutor(["sympy", "sympy.*", "numpy", "numpy.*", "math"])
     executor.send_tools({})
-    executor.state["print"] = print
-    connection.send(str(executor(code).logs))
+    connection.send(executor(code).logs)
 
 
 def published(code: str) -> None:
@@ -79,71 +78,60 @@ def times_of_published(n: int) -> list[list[float]]:
     return times(published, n)
 
 
-def times_of_ours(warm: int, new: int) -> tuple[list, list]:
+def run(session, code: str) -> None:
+    result = session.run(code)
+    assert result.status == "ok", result
+
+
+def first(box, code: str) -> None:
+    session = box.session()
+    run(session, code)
+    session.close()
+
+
+def throughput(sessions: int) -> float:
+    """Snippets per second in that many open sessions, all of which ask at once."""
     with Sandbox() as box:
-        box.wait_ready()
-        session = box.session()
-
-        def run(code: str, session=session) -> None:
-            result = session.run(code)
-            assert result.status == "ok", result
-
-        def first(code: str) -> None:
-            session = box.session()
-            run(code, session)
-            session.close()
-
-        run("1")
-        return times(run, warm), times(first, new)
-
-
-def throughput(sessions: int, snippets: int) -> tuple[float, float]:
-    """Snippets per second with that many sessions, all asking at once: their first ones, later ones"""
-    rates = []
-    with Sandbox() as box:
-        box.wait_ready()
         group = [box.session() for _ in range(sessions)]
-        for rounds in (1, max(1, snippets // sessions)):
-            left, done = dict.fromkeys(group, rounds), 0
-            started = time.perf_counter()
+        for session in group:
+            session.run("1")
+        started = time.perf_counter()
+        rounds = max(1, 3000 // sessions)
+        for _ in range(rounds):
             for session in group:
                 session.submit("1 + 1")
-            while done < rounds * sessions:
-                for session, result in box.poll(10):
-                    assert result.status == "ok", result
-                    done += 1
-                    left[session] -= 1
-                    if left[session]:
-                        session.submit("1 + 1")
-            rates.append(done / (time.perf_counter() - started))
-    return rates[0], rates[1]
+            done = 0
+            while done < sessions:
+                done += len(box.poll(10))
+        return rounds * sessions / (time.perf_counter() - started)
 
 
 def main() -> None:
     theirs = alone(times_of_published, 5)
-    warm, first = times_of_ours(200, 50)
+    with Sandbox() as box:
+        box.wait_ready()
+        new = times(partial(first, box), 50)
+        warm = times(partial(run, box.session()), 200)
     in_process(SNIPPETS["solve"] + "\n" + SNIPPETS["eig"])  # imports
     rows = {
         "exec in this process": times(in_process, 50),
         "ours, warm session": warm,
-        "ours, first snippet of a session": first,
+        "ours, first snippet of a session": new,
         "`python -c`": times(new_python, 5),
         "smolagents, a process each": theirs,
     }
     print(machine())
-    print(f"Linux {platform.release()}, Python {platform.python_version()}\n")
-    print_head("milliseconds: median / 99th percentile", *SNIPPETS, "the four", "ours is faster")
+    print_head("milliseconds: median / 99th percentile", *SNIPPETS, "the four", "their time / ours")
     total = sum(map(statistics.median, warm))
     for name, columns in rows.items():
         medians = [1e3 * statistics.median(column) for column in columns]
-        tails = [1e3 * column[int(0.99 * len(column))] for column in columns]
-        cells = [f"{median:.2f} / {tail:.2f}" for median, tail in zip(medians, tails)]
-        print_row(name, *cells, f"{sum(medians):.1f}", f"{sum(medians) / 1e3 / total:.2f} x")
+        tails = [1e3 * column[len(column) * 99 // 100] for column in columns]
+        cells = [f"{number(a)} / {number(b)}" for a, b in zip(medians, tails)]
+        print_row(name, *cells, sum(medians), sum(medians) / 1e3 / total)
     print()
-    print_head("snippets per second, `1 + 1`", "first ones, each opens its session", "later ones")
+    print_head("open sessions", "snippets per second, `1 + 1`")
     for sessions in (1, 100, 1000):
-        opening, later = throughput(sessions, 2000)
-        print_row(f"{sessions} sessions", f"{opening:.0f}", f"{later:.0f}")
+        print_row(sessions, throughput(sessions))
 
 
 if __name__ == "__main__":
