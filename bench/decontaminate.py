@@ -20,11 +20,11 @@ from cli import DataFlags, run_main
 from data import load_problems
 
 rng = random.Random(0)
-WORDS: list[str] = []  # of all benchmarks
+WORDS = []  # of all benchmarks
 WORD = r"(?<![\\\w])[A-Za-z]{4,}(?!\w)"
 
 
-def questions(flags: DataFlags) -> list[str]:
+def questions(flags: DataFlags) -> list:
     problems = load_problems(flags, need_answer=False)
     return [problem.question for problem in problems]
 
@@ -57,7 +57,8 @@ def main() -> None:
         began = time.monotonic()
         subprocess.run(command, check=True)
         seconds = time.monotonic() - began
-        removed = {json.loads(line)["question"] for line in open(f"{folder}/clean.removed.jsonl")}
+        rows_removed = map(json.loads, open(f"{folder}/clean.removed.jsonl"))
+        removed = {row["question"] for row in rows_removed}
     found = len(planted & removed)
     print(f"{len(rows)} problems against {len(bench)}: {seconds:.0f} s")
     print(f"removed: {found} of {len(planted)} reworded copies, {len(removed) - found} others")

@@ -50,8 +50,7 @@ def in_process(code: str) -> None:
 
 
 def new_python(code: str) -> None:
-    command = [sys.executable, "-c", code]
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
 
 
 def interpret(code: str, connection) -> None:

@@ -84,7 +84,6 @@ def flat(parameters):
 
 
 def peak() -> float:
-    """GiB."""
     import torch
 
     if has_cuda():
@@ -93,7 +92,7 @@ def peak() -> float:
 
 
 def ours(case: str, groups: Groups) -> tuple:
-    """(seconds, peak memory, loss, gradient of the whole adapter)"""
+    """(seconds, GiB at the peak, loss, gradient of the whole adapter)"""
     config = CASES[case]
     model, parameters = new_model(config)
     import torch
