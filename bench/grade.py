@@ -69,7 +69,7 @@ def main() -> None:
         raise UserError("no run in runs/: name a file of `gold` and `text`, or a run's folder")
     everything = [pair for path in files for pair in pairs_of(path)]
     different = list(dict.fromkeys(everything))
-    print(machine(), "from", *[path.name for path in files], "\n")
+    print(machine() + "\nfrom", *[path.name for path in files], "\n")
     titles = "ours, answers/s", "math-verify, answers/s", "ours is faster, times"
     print_head("answers", *titles, "verdicts that differ")
     for name, pairs in (("all", everything), ("the different ones", different)):
