@@ -51,6 +51,10 @@ def run_main(main) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
     except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
         said = f"{first_line(error)}: mend that and give the same command again"
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without an import of it
+            raise
+        said = "out of GPU memory: lower --micro-tokens (in training), --batch or --max-tokens"
     if said is not None:
         print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     sys.exit(code)

@@ -320,7 +320,10 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
         if file.suffix == ".json":
-            prompt = Prompt(agent, **json.loads(text))
+            fields = json.loads(text)
+            if isinstance(fields, list):  # messages, as a chat template takes them
+                fields = {"messages": fields}
+            prompt = Prompt(agent, **fields)
         else:
             prompt = Prompt(agent, text=text, stops=BASE_STOPS)
         question = prompt.text or prompt.messages[-1]["content"]

@@ -114,6 +114,8 @@ class Config(DataFlags, AgentFlags):
     """Problems held out of the training set, which are never trained on."""
     eval_n: int = 4
     """Traces of each held-out problem."""
+    eval_dataset: str | None = None
+    """Hold out nothing; evaluate on this set's first problems instead."""
     # the rollout
     problems: int = 8
     """Problems of a step (B)."""
@@ -201,9 +203,8 @@ def set_rewards(trace: Trace, right, config) -> None:
     ran = any(result.status == "ok" for _, result in trace.calls)
     # DAPO's soft penalty (eq. 13): 0, then down to -1 over the buffer that ends at max_tokens.
     buffer_start = config.max_tokens - config.overlong_buffer
-    used = (trace.sampled - buffer_start) / config.overlong_buffer
-    penalty = min(1.0, max(0.0, used))
-    trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": -penalty}
+    penalty = -min(1.0, max(0.0, (trace.sampled - buffer_start) / config.overlong_buffer))
+    trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
     weights = reward_weights(config)
     trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
 
@@ -333,9 +334,7 @@ def policy_loss(new, old, vllm, A, c, config):
     ratio = (new - old).exp()
     clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high) * A
     free = ratio * A
-    w = 1.0
-    if config.tis_cap:
-        w = (old - vllm).exp().clamp(max=config.tis_cap)
+    w = (old - vllm).exp().clamp(max=config.tis_cap) if config.tis_cap else 1.0
     return -c * w * free.minimum(clipped), clipped < free
 
 
@@ -701,13 +700,15 @@ def load_sets(config, ranks) -> tuple[list[Problem], list[Problem]]:
     if config.dataset == "arithmetic" and config.split is None:
         config.split = "train"
     problems = load_problems(config)
-    random.Random(f"{config.seed}/held out").shuffle(problems)
     size = config.eval_problems if config.eval_every else 0
-    held_out = problems[:size]
-    problems = problems[size:]
+    if config.eval_dataset and size:
+        flags = replace(config, dataset=config.eval_dataset, split=None, limit=size)
+        held_out = load_problems(flags)
+    else:
+        random.Random(f"{config.seed}/held out").shuffle(problems)
+        held_out, problems = problems[:size], problems[size:]
     if len(problems) < config.problems or config.problems < ranks:
-        there = f"{len(problems)} problems to train on, {ranks} ranks"
-        raise UserError(f"--problems {config.problems}: {there}; each rank needs one at least")
+        raise UserError(f"--problems {config.problems} of {len(problems)}, for {ranks} ranks")
     return problems, held_out
 
 
@@ -721,8 +722,7 @@ def open_folder(config) -> None:
         raise UserError(f"{out} is not empty: add --resume to go on with its run, or another --out")
     flags = asdict(config) | {"resume": False, "merge": None}
     started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    text = json.dumps({"flags": flags, "started": started}, indent=1)
-    (out / "config.json").write_text(text + "\n")
+    (out / "config.json").write_text(json.dumps({"flags": flags, "started": started}, indent=1))
 
 
 def main() -> int:
