@@ -1,16 +1,20 @@
-"""Plots and one web page from the folders that evaluate.py writes.
+"""One web page, in one file that needs no network, from the folders that the scripts write.
 
-    python extras/report.py runs/baseline runs/agent --out report
+    python extras/report.py runs/baseline runs/agent --out report    # of evaluate.py
+    python extras/report.py runs/grpo --out report                   # of grpo.py
 
-writes report/report.png (accuracy against length, majority@k against k) and report/report.html: the
-tables of evaluate.py, those by k, level or topic, the plots, and every problem with its votes and
-traces, in one file that needs no network.
+Evaluations: report.png has accuracy against length and majority@k against k; report.html the tables
+of evaluate.py, those by k, level or topic, the plots, and every problem with its votes and traces.
+500 problems x 16 traces are a lot of text: each problem's traces are unpacked when it is opened.
 
-500 problems x 16 traces are a lot of text, so the page carries each problem's traces compressed and
-unpacks them when the problem is opened. What models wrote enters it as text, never as HTML.
+A training run: training.html has its curves and, for one group of every step, the traces with their
+rewards and advantages, token by token: what the gradient touches, how strongly, and what not.
+
+What models wrote enters the pages as text, never as HTML.
 """
 
 import base64
+import contextlib
 import io
 import json
 import math
@@ -39,14 +43,18 @@ GROUPS = ("level", "subject", "difficulty", "topic", "family")
 
 @dataclass(kw_only=True)
 class Flags:
-    """Plots and one self-contained web page from the folders that evaluate.py writes."""
+    """One self-contained web page from folders of evaluate.py, or from one of grpo.py."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs; the first is what the others are compared with."""
+    """Folders of evaluations, of which the first is what the others are compared with; or one of a
+    training run.
+    """
     out: Path = Path("report")
-    """Where report.png and report.html go."""
+    """Where report.png and report.html go, or training.html."""
     max_chars: int = 40_000
-    """Longer traces lose their middle on the page."""
+    """Longer traces lose their middle on the page of evaluations."""
+    max_groups: int = 100
+    """Steps of a training run that are shown token by token."""
     fallback: bool = False
     """Where no box is found, guess the answer from the text's end."""
 
@@ -85,21 +93,19 @@ def any_right(scored: Scored, k: int) -> float:
     return pass_at(min(k, n), n, sum(verdict.equal for verdict in scored.verdicts))
 
 
+def at_k(problems: list[Scored], k: int) -> str:
+    if not problems:
+        return ""
+    shares = [fmean(f(scored, k) for scored in problems) for f in (majority_at, any_right)]
+    return " / ".join(f"{100 * share:.1f}" for share in shares)
+
+
 def by_k(runs: list[Run], name: str) -> str:
-    """majority@k and pass@k."""
     sets = [of_set(run, name) for run in runs]
-    body = []
-    for k in powers([scored for problems in sets for scored in problems]):
-        line = [k]
-        for problems in sets:
-            shares = [
-                fmean(f(s, k) for s in problems) for f in (majority_at, any_right) if problems
-            ]
-            line.append(" / ".join(f"{100 * share:.1f}" for share in shares))
-        body.append(line)
-    return "\n" + table(
-        ["k", *(f"{run.config['name']}: majority@k / pass@k" for run in runs)], body
-    )
+    ks = powers([scored for problems in sets for scored in problems])
+    body = [[k, *(at_k(problems, k) for problems in sets)] for k in ks]
+    heads = [f"{run.config['name']}: majority@k / pass@k" for run in runs]
+    return "\n" + table(["k", *heads], body)
 
 
 def by_group(runs: list[Run], name: str, key: str) -> str:
@@ -139,8 +145,7 @@ def plot(runs: list[Run], names: list[str]):
     import matplotlib.pyplot as plt
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    style |= {"grid.alpha": 0.25, "axes.axisbelow": True, "svg.fonttype": "none"}
-    style |= {"svg.hashsalt": "report"}
+    style |= {"grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "report"}
     with plt.rc_context(style):
         size = {"figsize": (11, 0.5 + 3.7 * len(names)), "layout": "constrained"}
         figure, axes = plt.subplots(len(names), 2, squeeze=False, **size)
@@ -212,8 +217,7 @@ def letters(scored: Scored) -> str:
     """A letter for each trace: right, wrong, no answer; capital if cut; ! behind a failed call."""
     found = []
     for row, verdict in zip(scored.rows, scored.verdicts, strict=True):
-        letter = "n" if row["answer"] is None else "w"
-        letter = "r" if verdict.equal else letter
+        letter = "n" if row["answer"] is None else "rw"[not verdict.equal]
         letter = letter.upper() if row["finish"] in CUT else letter
         failed = any(call["status"] != "ok" for call in row["calls"])
         found.append(letter + "!" * failed)
@@ -254,19 +258,24 @@ def page_data(runs: list[Run], most: int) -> tuple[list[dict], list[str]]:
     return rows, packed
 
 
-def page(runs: list[Run], markdown: str, more: str, svg: str, most: int) -> str:
-    """The page; the template escapes what it is given, its script sets texts as text."""
+def render(name: str, **values) -> str:
+    """A template with its values; it escapes what it is given, its script sets texts as text."""
     from jinja2 import Environment
+
+    return Environment(autoescape=True).from_string((HERE / name).read_text()).render(**values)
+
+
+def evaluation_page(runs: list[Run], more: str, svg: str, most: int) -> str:
     from pygments.formatters import HtmlFormatter
 
     problems, packed = page_data(runs, most)
-    template = Environment(autoescape=True).from_string((HERE / "report.html").read_text())
-    return template.render(
-        title="Evaluation: " + ", ".join(run.config["name"] for run in runs),
-        names=[run.config["name"] for run in runs],
+    names = [run.config["name"] for run in runs]
+    return render(
+        "report.html",
+        title="Evaluation: " + ", ".join(names),
+        names=names,
         colours=[COLOURS[i % len(COLOURS)] for i in range(len(runs))],
-        datasets=list(dict.fromkeys(problem["dataset"] for problem in problems)),
-        report=markdown,
+        report=report(runs),
         more=more,
         svg=svg,
         problems=problems,
@@ -276,11 +285,55 @@ def page(runs: list[Run], markdown: str, more: str, svg: str, most: int) -> str:
     )
 
 
+# ---- A training run
+
+
+def read_log(path: Path) -> list[dict]:
+    """A log of grpo.py by step; of one that was done again, or cut by a kill, the whole row."""
+    rows = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line)
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def training_page(folder: Path, most: int) -> str:
+    """Everything that a run has logged, and the groups of at most `most` of its steps."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        run = {"flags": config["flags"], "started": config["started"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder} is not a run of grpo.py: no config.json of one") from None
+    for name in ("metrics", "eval", "groups"):
+        run[name] = read_log(folder / f"{name}.jsonl")
+    if not run["metrics"]:
+        raise UserError(f"{folder} has no finished step yet: wait for the first one")
+    every = math.ceil(len(run["groups"]) / most) or 1
+    run["groups"] = run["groups"][::-every][::-1]  # with the last one
+    for trace in [trace for group in run["groups"] for trace in group["traces"]]:
+        for name in ("logprobs", "old_logprobs"):
+            trace[name] = [round(value, 4) for value in trace[name]]
+    return render("train.html", title=f"Training: {folder.resolve().name}", run=run)
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(f"{path}: {len(text) / 1e6:.1f} MB")
+
+
 def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1000, math.inf, "max_chars")
+    check_range(flags, 1, math.inf, "max_groups")
     if not flags.runs:
         raise UserError("give the folder of one run or more")
+    trained = [folder for folder in flags.runs if (folder / "metrics.jsonl").exists()]
+    if trained and len(flags.runs) > 1:
+        raise UserError(f"{trained[0]} is a training run: give it alone")
+    if trained:
+        return write(flags.out / "training.html", training_page(trained[0], flags.max_groups))
     with Grader() as grader:
         runs = [load_run(folder, grader, flags.fallback) for folder in flags.runs]
     names = list(dict.fromkeys(name for run in runs for name in run.measures))
@@ -288,14 +341,11 @@ def main() -> None:
     for name in names:
         more += f"\n## {name}\n" + by_k(runs, name)
         more += "".join(by_group(runs, name, key) for key in GROUPS)
-    flags.out.mkdir(parents=True, exist_ok=True)
     figure, svg = plot(runs, names), io.StringIO()
-    figure.savefig(flags.out / "report.png", dpi=150)
     figure.savefig(svg, format="svg", metadata={"Date": None})
     drawing = svg.getvalue()[svg.getvalue().index("<svg") :]
-    text = page(runs, report(runs), more, drawing, flags.max_chars)
-    (flags.out / "report.html").write_text(text, encoding="utf-8")
-    print(f"{flags.out}/report.png\n{flags.out}/report.html: {len(text) / 1e6:.1f} MB")
+    write(flags.out / "report.html", evaluation_page(runs, more, drawing, flags.max_chars))
+    figure.savefig(flags.out / "report.png", dpi=150)
 
 
 if __name__ == "__main__":
