@@ -138,13 +138,6 @@ def draw(family: str, rng, d: int) -> dict:
 # ---- The set
 
 
-def printed(snippet: str) -> str:
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(snippet, {})
-    return output.getvalue().strip()
-
-
 def arithmetic(split: str, n: int) -> list[dict]:
     """The first n rows of a split; a shorter list is a prefix of a longer one.
 
@@ -162,7 +155,9 @@ def arithmetic(split: str, n: int) -> list[dict]:
         key = problem_id(question)
         if key in rows or (int(key, 16) % 5 == 0) != (split == "test"):
             continue
-        answer = printed(snippet)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(snippet, {})
+        answer = printed.getvalue().strip()
         call = (
             f"{CALL_OPEN}\n{snippet}\n{CALL_CLOSE}\n```output\n{answer}\n```"  # as the agent does
         )

@@ -15,7 +15,6 @@ What models wrote enters the pages as text, never as HTML.
 
 import base64
 import contextlib
-import io
 import json
 import math
 import random
@@ -53,8 +52,6 @@ class Flags:
     """Where report.png and report.html go, or training.html."""
     max_chars: int = 40_000
     """Longer traces lose their middle on the page of evaluations."""
-    max_groups: int = 100
-    """Steps of a training run that are shown token by token."""
     fallback: bool = False
     """Where no box is found, guess the answer from the text's end."""
 
@@ -145,7 +142,7 @@ def plot(runs: list[Run], names: list[str]):
     import matplotlib.pyplot as plt
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    style |= {"grid.alpha": 0.25, "svg.fonttype": "none", "svg.hashsalt": "report"}
+    style |= {"grid.alpha": 0.25, "axes.axisbelow": True}
     with plt.rc_context(style):
         size = {"figsize": (11, 0.5 + 3.7 * len(names)), "layout": "constrained"}
         figure, axes = plt.subplots(len(names), 2, squeeze=False, **size)
@@ -189,8 +186,7 @@ def highlighted(code: str) -> str:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    lexer = PythonLexer(stripnl=False, ensurenl=False)
-    return highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip("\n")
+    return highlight(code, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).rstrip("\n")
 
 
 def trace_data(row: dict, verdict, most: int) -> dict:
@@ -265,7 +261,7 @@ def render(name: str, **values) -> str:
     return Environment(autoescape=True).from_string((HERE / name).read_text()).render(**values)
 
 
-def evaluation_page(runs: list[Run], more: str, svg: str, most: int) -> str:
+def evaluation_page(runs: list[Run], more: str, picture: bytes, most: int) -> str:
     from pygments.formatters import HtmlFormatter
 
     problems, packed = page_data(runs, most)
@@ -274,10 +270,10 @@ def evaluation_page(runs: list[Run], more: str, svg: str, most: int) -> str:
         "report.html",
         title="Evaluation: " + ", ".join(names),
         names=names,
-        colours=[COLOURS[i % len(COLOURS)] for i in range(len(runs))],
+        colours=COLOURS,
         report=report(runs),
         more=more,
-        svg=svg,
+        picture=base64.b64encode(picture).decode(),
         problems=problems,
         packed=packed,
         light=HtmlFormatter(style="default").get_style_defs(".hl"),
@@ -293,13 +289,13 @@ def read_log(path: Path) -> list[dict]:
     rows = {}
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with contextlib.suppress(ValueError, TypeError, KeyError):
-            row = json.loads(line)
+            row = json.loads(line, parse_float=lambda digits: float(f"{float(digits):.5g}"))
             rows[row["step"]] = row
     return [rows[step] for step in sorted(rows)]
 
 
-def training_page(folder: Path, most: int) -> str:
-    """Everything that a run has logged, and the groups of at most `most` of its steps."""
+def training_page(folder: Path) -> str:
+    """All that a run has logged; of a long one the groups of 100 of its steps."""
     try:
         config = json.loads((folder / "config.json").read_bytes())
         run = {"flags": config["flags"], "started": config["started"]}
@@ -309,31 +305,24 @@ def training_page(folder: Path, most: int) -> str:
         run[name] = read_log(folder / f"{name}.jsonl")
     if not run["metrics"]:
         raise UserError(f"{folder} has no finished step yet: wait for the first one")
-    every = math.ceil(len(run["groups"]) / most) or 1
+    every = math.ceil(len(run["groups"]) / 100) or 1
     run["groups"] = run["groups"][::-every][::-1]  # with the last one
-    for trace in [trace for group in run["groups"] for trace in group["traces"]]:
-        for name in ("logprobs", "old_logprobs"):
-            trace[name] = [round(value, 4) for value in trace[name]]
     return render("train.html", title=f"Training: {folder.resolve().name}", run=run)
-
-
-def write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(f"{path}: {len(text) / 1e6:.1f} MB")
 
 
 def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1000, math.inf, "max_chars")
-    check_range(flags, 1, math.inf, "max_groups")
     if not flags.runs:
         raise UserError("give the folder of one run or more")
     trained = [folder for folder in flags.runs if (folder / "metrics.jsonl").exists()]
     if trained and len(flags.runs) > 1:
         raise UserError(f"{trained[0]} is a training run: give it alone")
+    flags.out.mkdir(parents=True, exist_ok=True)
     if trained:
-        return write(flags.out / "training.html", training_page(trained[0], flags.max_groups))
+        page = flags.out / "training.html"
+        page.write_text(training_page(trained[0]), encoding="utf-8")
+        return print(page)
     with Grader() as grader:
         runs = [load_run(folder, grader, flags.fallback) for folder in flags.runs]
     names = list(dict.fromkeys(name for run in runs for name in run.measures))
@@ -341,11 +330,11 @@ def main() -> None:
     for name in names:
         more += f"\n## {name}\n" + by_k(runs, name)
         more += "".join(by_group(runs, name, key) for key in GROUPS)
-    figure, svg = plot(runs, names), io.StringIO()
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    drawing = svg.getvalue()[svg.getvalue().index("<svg") :]
-    write(flags.out / "report.html", evaluation_page(runs, more, drawing, flags.max_chars))
-    figure.savefig(flags.out / "report.png", dpi=150)
+    picture, page = flags.out / "report.png", flags.out / "report.html"
+    plot(runs, names).savefig(picture, dpi=150)
+    text = evaluation_page(runs, more, picture.read_bytes(), flags.max_chars)
+    page.write_text(text, encoding="utf-8")
+    print(f"{picture}\n{page}: {len(text) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
