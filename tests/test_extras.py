@@ -1,6 +1,7 @@
 """The scripts beside the method: decontamination, pictures, a training's page, warm start."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -151,6 +152,9 @@ def test_the_page_of_a_training_run(trained, tmp_path):
     dom = opened(page, tmp_path, "#step=2&trace=3")  # advantage 0: nothing is coloured
     trace = dom[dom.index('<div class="trace">') :]
     assert trace.count('class="still"') == 1 and "rgba" not in trace
+    dom = opened(page, tmp_path, "#step=1&trace=1", "document.getElementById('fade').click();")
+    shades = set(re.findall(r"--up\), ([\d.]+)", dom[dom.index('<div class="trace">') :]))
+    assert shades == {"0.374"}  # 0.06 + 0.5 sqrt(1 - e^-0.5), and not the full 0.56
 
     clicks = "document.querySelectorAll('.card')[0].click();"
     clicks += "const event = new Event('pointerover', {bubbles: true});"
