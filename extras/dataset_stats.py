@@ -80,8 +80,7 @@ def main() -> None:
     draw(histogram, paths, title, flags.out)
     for path, count in Counter(" -> ".join(path[:2]) for path in paths).most_common(20):
         print(f"{count:7d}  {path}")
-    known = f"{histogram.total()} with a difficulty, {len(paths)} with a topic"
-    print(f"{title}, {known}; drawn: {flags.out}")
+    print(f"{title}, {histogram.total()} with a difficulty, {len(paths)} with a topic: {flags.out}")
 
 
 if __name__ == "__main__":

@@ -85,16 +85,12 @@ def majority_at(scored: Scored, k: int) -> float:
     return fmean(values)
 
 
-def any_right(scored: Scored, k: int) -> float:
-    n = len(scored.rows)
-    return pass_at(min(k, n), n, sum(verdict.equal for verdict in scored.verdicts))
-
-
 def at_k(problems: list[Scored], k: int) -> str:
     if not problems:
         return ""
-    shares = [fmean(f(scored, k) for scored in problems) for f in (majority_at, any_right)]
-    return " / ".join(f"{100 * share:.1f}" for share in shares)
+    votes = fmean(majority_at(scored, k) for scored in problems)
+    counts = [(len(s.rows), sum(verdict.equal for verdict in s.verdicts)) for s in problems]
+    return f"{100 * votes:.1f} / {100 * fmean(pass_at(min(k, n), n, c) for n, c in counts):.1f}"
 
 
 def by_k(runs: list[Run], name: str) -> str:
@@ -204,9 +200,8 @@ def trace_data(row: dict, verdict, most: int) -> dict:
             text = text.strip("\n").removeprefix("```output\n").removesuffix("\n```")
         parts.append([kind, text])
     same = {key: row[key] for key in ("sample", "answer", "finish", "tokens", "seconds")}
-    calls = [call["status"] for call in row["calls"]]
-    graded = {"right": verdict.equal, "grading": verdict.status}
-    return {**same, **graded, "calls": calls, "parts": parts}
+    same |= {"right": verdict.equal, "grading": verdict.status, "parts": parts}
+    return same | {"calls": [call["status"] for call in row["calls"]]}
 
 
 def letters(scored: Scored) -> str:
