@@ -1,15 +1,13 @@
 """Take out of a training set what stands in benchmarks, word for word or nearly so.
 
-    python extras/decontaminate.py --dataset deepmath-103k --against math500,aime,amc23 --out
-    clean.jsonl
+    python extras/decontaminate.py --dataset deepmath-103k --against math500,aime --out clean.jsonl
 
 A question becomes a list of tokens (words, numbers, operators; LaTeX's spacing, fonts and synonyms
 are gone). It is removed when it meets a benchmark question by one of four tests, in this order:
 
   exact    the same tokens
   ngram    at least --containment of the benchmark question's 8-grams are in it: it is quoted
-  minhash  Jaccard similarity of their 3-grams at least --jaccard: edited here and there. MinHash
-           (datasketch) finds the candidates, the exact similarity decides
+  jaccard  Jaccard similarity of their 3-grams at least --jaccard: edited here and there
   numbers  the same numbers in the same order (three, or ten digits), and at least --overlap of the
            words longer than three letters: reworded
 
@@ -22,12 +20,9 @@ import multiprocessing
 import re
 import sys
 import unicodedata
-import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-
-from datasketch import MinHash, MinHashLSH
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -70,59 +65,47 @@ def grams(tokens: list[str], n: int) -> set[str]:
     return {" ".join(tokens[i : i + n]) for i in range(max(1, len(tokens) - n + 1))}
 
 
-def minhash(shingles: set[str]) -> MinHash:
-    sketch = MinHash(num_perm=64, scheme="affine32", hashfunc=zlib.crc32)
-    sketch.update_batch([shingle.encode() for shingle in shingles])
-    return sketch
-
-
 class Question:
     def __init__(self, text: str, benchmark: str = ""):
         self.text, self.benchmark, tokens = text, benchmark, tokens_of(text)
         self.exact = " ".join(tokens)
-        self.long_grams = grams(tokens, 8) if len(tokens) >= 8 else set()
+        self.quotes = grams(tokens, 8) if len(tokens) >= 8 else set()
         self.shingles = grams(tokens, 3)
         self.numbers = tuple(token for token in tokens if token[0].isdigit())
         self.words = {token for token in tokens if len(token) > 3 and token[0].isalpha()}
 
 
 class Index:
-    """Benchmark questions, found in four ways."""
+    """Benchmark questions, found in four ways: each a dict from what is looked up to questions."""
 
     def __init__(self, flags: Flags):
-        self.flags = flags
-        self.questions: list[Question] = []
-        self.exact: dict[str, Question] = {}
-        self.by_gram, self.by_numbers = defaultdict(list), defaultdict(list)
-        # A little below the limit: what the sketch overlooks, nothing later finds.
-        self.sketches = MinHashLSH(threshold=max(0.1, flags.jaccard - 0.1), num_perm=64)
+        self.flags, self.questions = flags, []
+        self.exact, self.quotes, self.shingles, self.numbers = (defaultdict(list) for _ in range(4))
 
-    def add(self, benchmark: str, text: str) -> None:
-        question = Question(text, benchmark)
-        self.sketches.insert(len(self.questions), minhash(question.shingles))
+    def add(self, question: Question) -> None:
         self.questions.append(question)
-        self.exact.setdefault(question.exact, question)
-        for gram in question.long_grams:
-            self.by_gram[gram].append(question)
+        self.exact[question.exact].append(question)
+        for gram in question.quotes:
+            self.quotes[gram].append(question)
+        for gram in question.shingles:
+            self.shingles[gram].append(question)
         if len(question.numbers) >= 3 or sum(map(len, question.numbers)) >= 10:
-            self.by_numbers[question.numbers].append(question)
+            self.numbers[question.numbers].append(question)
 
     def match(self, text: str) -> tuple[str, float, Question] | None:
         """(test, value, benchmark question) of the first test that is met; None for a clean one."""
         q = Question(text)
-        if q.exact in self.exact:
-            return "exact", 1.0, self.exact[q.exact]
-        shared = Counter(other for gram in q.long_grams for other in self.by_gram.get(gram, ()))
-        for other, count in shared.items():
-            value = count / len(other.long_grams)
+        for other in self.exact.get(q.exact, ()):
+            return "exact", 1.0, other
+        for other, n in Counter(o for g in q.quotes for o in self.quotes.get(g, ())).items():
+            value = n / len(other.quotes)
             if value >= self.flags.containment:
                 return "ngram", value, other
-        for i in self.sketches.query(minhash(q.shingles)):
-            other = self.questions[i]
-            value = len(q.shingles & other.shingles) / len(q.shingles | other.shingles)
+        for other, n in Counter(o for g in q.shingles for o in self.shingles.get(g, ())).items():
+            value = n / (len(q.shingles) + len(other.shingles) - n)  # both / one of them
             if value >= self.flags.jaccard:
-                return "minhash", value, other
-        for other in self.by_numbers.get(q.numbers, ()):
+                return "jaccard", value, other
+        for other in self.numbers.get(q.numbers, ()):
             value = len(q.words & other.words) / max(1, min(len(q.words), len(other.words)))
             if value >= self.flags.overlap:
                 return "numbers", value, other
@@ -140,7 +123,7 @@ def main() -> None:
     INDEX = Index(flags)
     for name in flags.against.split(","):
         for problem in load_problems(DataFlags(dataset=name), need_answer=False):
-            INDEX.add(Path(name).stem, problem.question)
+            INDEX.add(Question(problem.question, Path(name).stem))
     problems = load_problems(flags, need_answer=False)
     print(f"{len(problems)} problems against {len(INDEX.questions)}", file=sys.stderr, flush=True)
 

@@ -4,9 +4,8 @@
 
 Fifteen families in three difficulties, in turn. extras/arithmetic.txt holds their wordings
 (several: a model trained on one learns the wording, not the tool), each with the snippet that
-solves it; here a function per family draws the numbers: (random generator, difficulty) -> values by
-name. The answer is what the snippet prints. The seeds are fixed, so every run writes the same
-bytes.
+solves it; `draw` has the numbers. The answer is what the snippet prints. The seeds are fixed, so
+every run writes the same bytes.
 """
 
 import contextlib
@@ -43,129 +42,100 @@ def read_templates(text: str) -> dict[str, list[tuple[str, str]]]:
 
 # ---- The families
 
+FAMILIES = """product sum remainder power gcd_lcm range_sum divisors primes fraction equation system
+digits shopping sharing travel""".split()
 
-def number(rng, digits: int) -> int:
-    return rng.randint(10 ** (digits - 1), 10**digits - 1)
+
+def number(rng, size: int) -> int:
+    return rng.randint(10 ** (size - 1), 10**size - 1)
 
 
 def signed(n: int) -> str:
     return f"- {-n}" if n < 0 else f"+ {n}"
 
 
-def product(rng, d):
-    return {"a": number(rng, d + 1), "b": number(rng, max(2, d))}
-
-
-def sum_(rng, d):
-    terms = []
-    for i in range(d + 1):
-        size = number(rng, rng.randint(2, 4))
-        terms.append(size if i < 2 else size * rng.choice([1, -1]))
-    return {"s": " ".join([str(terms[0]), *map(signed, terms[1:])])}
-
-
-def remainder(rng, d):
-    return {"a": number(rng, 3 + 2 * d), "n": number(rng, min(d + 1, 3))}
-
-
-def power(rng, d):
-    a, e = rng.randint(2, 9 + 10 * d), rng.randint(10, 100 * d)
-    return {"a": a, "e": e, "n": rng.randint(11, 10 ** (d + 1))}
-
-
-def gcd_lcm(rng, d):
-    k = rng.randint(2, 12 * d)
-    a, b = k * rng.randint(3, 20 * d), k * rng.randint(3, 20 * d)
-    name, call = rng.choice([("greatest common divisor", "gcd"), ("least common multiple", "lcm")])
-    return {"a": a, "b": b, "name": name, "call": call}
-
-
-def range_sum(rng, d):
-    low = rng.randint(1, 50)
-    values = {"low": low, "high": low + rng.randint(10, 100 * d)}
-    if d == 2:
-        values["k"] = rng.randint(3, 12)
-    if d == 3:
-        values["name"], values["e"] = rng.choice([("squares", 2), ("cubes", 3)])
-    return values
-
-
-def divisors(rng, d):
-    return {"n": rng.randint(2, 12) * rng.randint(5, 10 ** (d + 1) // 2)}
-
-
-def primes(rng, d):
-    low = rng.randint(2, 60 * d * d)
-    return {"low": low, "high": low + rng.randint(20, 60 * d)}
-
-
-def fraction(rng, d):
-    bottoms = [rng.randint(3, 8 + 4 * d) for _ in range(max(2, d))]
-    parts = [Fraction(rng.randint(1, q - 1) + (d - 1) * q, q) for q in bottoms]
-    op = rng.choice("+-*") if d > 1 else "+"
-    sign = " \\times " if op == "*" else f" {op} "
-    return {
-        "shown": sign.join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts),
-        "code": f" {op} ".join(f"Fraction({p.numerator}, {p.denominator})" for p in parts),
-    }
-
-
-def equation(rng, d):
-    a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
-    if d == 1:
-        return {"a": a, "b": signed(b), "right": a * rng.randint(-50, 50) + b}
-    e = rng.randint(-99, 99)
-    if c in (a, 0, 1, -1):
-        c = a + 1
-    return {"a": a, "b": signed(b), "c": c, "e": signed(e)}
-
-
-def system(rng, d):
-    x, y = rng.randint(-9 * d, 9 * d), rng.randint(-9 * d, 9 * d)
-    b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
-    target = rng.choice(["x", "y", "x + y", "x * y"])
-    shown = target.replace("x", "s[x]").replace("y", "s[y]")
-    values = {"b": b, "c": c, "e": e, "target": target, "shown": shown}
-    return values | {"first": x + b * y, "second": c * x - e * y}
-
-
-def digits(rng, d):
-    return {"a": rng.randint(2, 99), "e": rng.randint(5, 20 * d)}
-
-
-def shopping(rng, d):
-    name, (thing, other) = rng.choice(NAMES), rng.sample(GOODS, 2)
-    n, p, m, q = number(rng, d), rng.randint(2, 30), number(rng, d), rng.randint(2, 30)
-    paid = n * p + m * q + rng.randint(1, 99)
-    values = {"name": name, "thing": thing, "other": other, "paid": paid}
-    return values | {"n": n, "p": p, "m": m, "q": q}
-
-
-def sharing(rng, d):
-    name, thing = rng.choice(NAMES), rng.choice(GOODS)
-    boxes, each, people = number(rng, d) + 2, rng.randint(6, 40 * d), rng.randint(3, 9 * d)
-    given = rng.randint(1, boxes * each // 2)
-    values = {"name": name, "thing": thing, "boxes": boxes}
-    return values | {"each": each, "people": people, "given": given}
-
-
-def travel(rng, d):
-    name, v, w = rng.choice(NAMES), number(rng, 2), number(rng, 2)
-    return {"name": name, "v": v, "w": w, "h": rng.randint(2, 5 * d), "k": rng.randint(2, 5 * d)}
-
-
-FAMILIES = [product, sum_, remainder, power, gcd_lcm, range_sum, divisors, primes, fraction]
-FAMILIES += [equation, system, digits, shopping, sharing, travel]
+def draw(family: str, rng, d: int) -> dict:
+    """The values of a problem of difficulty d, by their names in the templates."""
+    match family:
+        case "product":
+            return {"a": number(rng, d + 1), "b": number(rng, max(2, d))}
+        case "sum":
+            text = str(number(rng, rng.randint(2, 4)))
+            for i in range(d):
+                n = number(rng, rng.randint(2, 4))
+                text += " " + signed(n if i == 0 else n * rng.choice([1, -1]))
+            return {"s": text}
+        case "remainder":
+            return {"a": number(rng, 3 + 2 * d), "n": number(rng, min(d + 1, 3))}
+        case "power":
+            a, e = rng.randint(2, 9 + 10 * d), rng.randint(10, 100 * d)
+            return {"a": a, "e": e, "n": rng.randint(11, 10 ** (d + 1))}
+        case "gcd_lcm":
+            k = rng.randint(2, 12 * d)
+            a, b = k * rng.randint(3, 20 * d), k * rng.randint(3, 20 * d)
+            name, call = rng.choice(
+                [("greatest common divisor", "gcd"), ("least common multiple", "lcm")]
+            )
+            return {"a": a, "b": b, "name": name, "call": call}
+        case "range_sum":
+            low = rng.randint(1, 50)
+            values = {"low": low, "high": low + rng.randint(10, 100 * d)}
+            if d == 2:
+                values["k"] = rng.randint(3, 12)
+            if d == 3:
+                values["name"], values["e"] = rng.choice([("squares", 2), ("cubes", 3)])
+            return values
+        case "divisors":
+            return {"n": rng.randint(2, 12) * rng.randint(5, 10 ** (d + 1) // 2)}
+        case "primes":
+            low = rng.randint(2, 60 * d * d)
+            return {"low": low, "high": low + rng.randint(20, 60 * d)}
+        case "fraction":
+            bottoms = [rng.randint(3, 8 + 4 * d) for _ in range(max(2, d))]
+            parts = [Fraction(rng.randint(1, q - 1) + (d - 1) * q, q) for q in bottoms]
+            op = rng.choice("+-*") if d > 1 else "+"
+            sign = " \\times " if op == "*" else f" {op} "
+            return {
+                "shown": sign.join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts),
+                "code": f" {op} ".join(f"Fraction({p.numerator}, {p.denominator})" for p in parts),
+            }
+        case "equation":
+            a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
+            if d == 1:
+                return {"a": a, "b": signed(b), "right": a * rng.randint(-50, 50) + b}
+            c = a + 1 if c in (a, 0, 1, -1) else c
+            return {"a": a, "b": signed(b), "c": c, "e": signed(rng.randint(-99, 99))}
+        case "system":
+            x, y = rng.randint(-9 * d, 9 * d), rng.randint(-9 * d, 9 * d)
+            b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
+            target = rng.choice(["x", "y", "x + y", "x * y"])
+            shown = target.replace("x", "s[x]").replace("y", "s[y]")
+            first, second = x + b * y, c * x - e * y
+            return dict(b=b, c=c, e=e, target=target, shown=shown, first=first, second=second)
+        case "digits":
+            return {"a": rng.randint(2, 99), "e": rng.randint(5, 20 * d)}
+        case "shopping":
+            name, (thing, other) = rng.choice(NAMES), rng.sample(GOODS, 2)
+            n, p, m, q = number(rng, d), rng.randint(2, 30), number(rng, d), rng.randint(2, 30)
+            paid = n * p + m * q + rng.randint(1, 99)
+            return dict(name=name, thing=thing, other=other, paid=paid, n=n, p=p, m=m, q=q)
+        case "sharing":
+            name, thing = rng.choice(NAMES), rng.choice(GOODS)
+            boxes, each, people = number(rng, d) + 2, rng.randint(6, 40 * d), rng.randint(3, 9 * d)
+            given = rng.randint(1, boxes * each // 2)
+            return dict(name=name, thing=thing, boxes=boxes, each=each, people=people, given=given)
+        case "travel":
+            name, v, w = rng.choice(NAMES), number(rng, 2), number(rng, 2)
+            return {
+                "name": name,
+                "v": v,
+                "w": w,
+                "h": rng.randint(2, 5 * d),
+                "k": rng.randint(2, 5 * d),
+            }
 
 
 # ---- The set
-
-
-def printed(snippet: str) -> str:
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(snippet, {})
-    return output.getvalue().strip()
 
 
 def arithmetic(split: str, n: int) -> list[dict]:
@@ -177,16 +147,17 @@ def arithmetic(split: str, n: int) -> list[dict]:
     rng, rows = random.Random(f"arithmetic-{split}"), {}
     while len(rows) < n:
         turn, place = divmod(len(rows), len(FAMILIES))
-        family, difficulty = FAMILIES[place], 1 + turn % 3
-        name = family.__name__.rstrip("_")
-        values = family(rng, difficulty)
+        name, difficulty = FAMILIES[place], 1 + turn % 3
+        values = draw(name, rng, difficulty)
         choices = templates.get(f"{name} {difficulty}") or templates[name]
         wording, snippet = rng.choice(choices) if len(choices) > 1 else choices[0]
         question, snippet = wording.format(**values), snippet.format(**values)
         key = problem_id(question)
         if key in rows or (int(key, 16) % 5 == 0) != (split == "test"):
             continue
-        answer = printed(snippet)
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(snippet, {})
+        answer = printed.getvalue().strip()
         call = (
             f"{CALL_OPEN}\n{snippet}\n{CALL_CLOSE}\n```output\n{answer}\n```"  # as the agent does
         )

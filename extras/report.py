@@ -1,17 +1,20 @@
-"""Plots and one web page from the folders that evaluate.py writes.
+"""One web page, in one file that needs no network, from the folders that the scripts write.
 
-    python extras/report.py runs/baseline runs/agent --out report
+    python extras/report.py runs/baseline runs/agent --out report    # of evaluate.py
+    python extras/report.py runs/grpo --out report                   # of grpo.py
 
-writes report/report.png (accuracy against length, majority@k against k) and report/report.html: the
-tables of evaluate.py, those by k, level or topic, the plots, and every problem with its votes and
-traces, in one file that needs no network.
+Evaluations: report.png has accuracy against length and majority@k against k; report.html the tables
+of evaluate.py, those by k, level or topic, the plots, and every problem with its votes and traces.
+500 problems x 16 traces are a lot of text: each problem's traces are unpacked when it is opened.
 
-500 problems x 16 traces are a lot of text, so the page carries each problem's traces compressed and
-unpacks them when the problem is opened. What models wrote enters it as text, never as HTML.
+A training run: training.html has its curves and, for one group of every step, the traces with their
+rewards and advantages, token by token: what the gradient touches, how strongly, and what not.
+
+What models wrote enters the pages as text, never as HTML.
 """
 
 import base64
-import io
+import contextlib
 import json
 import math
 import random
@@ -39,14 +42,16 @@ GROUPS = ("level", "subject", "difficulty", "topic", "family")
 
 @dataclass(kw_only=True)
 class Flags:
-    """Plots and one self-contained web page from the folders that evaluate.py writes."""
+    """One self-contained web page from folders of evaluate.py, or from one of grpo.py."""
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of runs; the first is what the others are compared with."""
+    """Folders of evaluations, of which the first is what the others are compared with; or one of a
+    training run.
+    """
     out: Path = Path("report")
-    """Where report.png and report.html go."""
+    """Where report.png and report.html go, or training.html."""
     max_chars: int = 40_000
-    """Longer traces lose their middle on the page."""
+    """Longer traces lose their middle on the page of evaluations."""
     fallback: bool = False
     """Where no box is found, guess the answer from the text's end."""
 
@@ -80,26 +85,20 @@ def majority_at(scored: Scored, k: int) -> float:
     return fmean(values)
 
 
-def any_right(scored: Scored, k: int) -> float:
-    n = len(scored.rows)
-    return pass_at(min(k, n), n, sum(verdict.equal for verdict in scored.verdicts))
+def at_k(problems: list[Scored], k: int) -> str:
+    if not problems:
+        return ""
+    votes = fmean(majority_at(scored, k) for scored in problems)
+    counts = [(len(s.rows), sum(verdict.equal for verdict in s.verdicts)) for s in problems]
+    return f"{100 * votes:.1f} / {100 * fmean(pass_at(min(k, n), n, c) for n, c in counts):.1f}"
 
 
 def by_k(runs: list[Run], name: str) -> str:
-    """majority@k and pass@k."""
     sets = [of_set(run, name) for run in runs]
-    body = []
-    for k in powers([scored for problems in sets for scored in problems]):
-        line = [k]
-        for problems in sets:
-            shares = [
-                fmean(f(s, k) for s in problems) for f in (majority_at, any_right) if problems
-            ]
-            line.append(" / ".join(f"{100 * share:.1f}" for share in shares))
-        body.append(line)
-    return "\n" + table(
-        ["k", *(f"{run.config['name']}: majority@k / pass@k" for run in runs)], body
-    )
+    ks = powers([scored for problems in sets for scored in problems])
+    body = [[k, *(at_k(problems, k) for problems in sets)] for k in ks]
+    heads = [f"{run.config['name']}: majority@k / pass@k" for run in runs]
+    return "\n" + table(["k", *heads], body)
 
 
 def by_group(runs: list[Run], name: str, key: str) -> str:
@@ -139,8 +138,7 @@ def plot(runs: list[Run], names: list[str]):
     import matplotlib.pyplot as plt
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    style |= {"grid.alpha": 0.25, "axes.axisbelow": True, "svg.fonttype": "none"}
-    style |= {"svg.hashsalt": "report"}
+    style |= {"grid.alpha": 0.25, "axes.axisbelow": True}
     with plt.rc_context(style):
         size = {"figsize": (11, 0.5 + 3.7 * len(names)), "layout": "constrained"}
         figure, axes = plt.subplots(len(names), 2, squeeze=False, **size)
@@ -184,8 +182,7 @@ def highlighted(code: str) -> str:
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    lexer = PythonLexer(stripnl=False, ensurenl=False)
-    return highlight(code, lexer, HtmlFormatter(nowrap=True)).rstrip("\n")
+    return highlight(code, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).rstrip("\n")
 
 
 def trace_data(row: dict, verdict, most: int) -> dict:
@@ -203,17 +200,15 @@ def trace_data(row: dict, verdict, most: int) -> dict:
             text = text.strip("\n").removeprefix("```output\n").removesuffix("\n```")
         parts.append([kind, text])
     same = {key: row[key] for key in ("sample", "answer", "finish", "tokens", "seconds")}
-    calls = [call["status"] for call in row["calls"]]
-    graded = {"right": verdict.equal, "grading": verdict.status}
-    return {**same, **graded, "calls": calls, "parts": parts}
+    same |= {"right": verdict.equal, "grading": verdict.status, "parts": parts}
+    return same | {"calls": [call["status"] for call in row["calls"]]}
 
 
 def letters(scored: Scored) -> str:
     """A letter for each trace: right, wrong, no answer; capital if cut; ! behind a failed call."""
     found = []
     for row, verdict in zip(scored.rows, scored.verdicts, strict=True):
-        letter = "n" if row["answer"] is None else "w"
-        letter = "r" if verdict.equal else letter
+        letter = "n" if row["answer"] is None else "rw"[not verdict.equal]
         letter = letter.upper() if row["finish"] in CUT else letter
         failed = any(call["status"] != "ok" for call in row["calls"])
         found.append(letter + "!" * failed)
@@ -254,21 +249,26 @@ def page_data(runs: list[Run], most: int) -> tuple[list[dict], list[str]]:
     return rows, packed
 
 
-def page(runs: list[Run], markdown: str, more: str, svg: str, most: int) -> str:
-    """The page; the template escapes what it is given, its script sets texts as text."""
+def render(name: str, **values) -> str:
+    """A template with its values; it escapes what it is given, its script sets texts as text."""
     from jinja2 import Environment
+
+    return Environment(autoescape=True).from_string((HERE / name).read_text()).render(**values)
+
+
+def evaluation_page(runs: list[Run], more: str, picture: bytes, most: int) -> str:
     from pygments.formatters import HtmlFormatter
 
     problems, packed = page_data(runs, most)
-    template = Environment(autoescape=True).from_string((HERE / "report.html").read_text())
-    return template.render(
-        title="Evaluation: " + ", ".join(run.config["name"] for run in runs),
-        names=[run.config["name"] for run in runs],
-        colours=[COLOURS[i % len(COLOURS)] for i in range(len(runs))],
-        datasets=list(dict.fromkeys(problem["dataset"] for problem in problems)),
-        report=markdown,
+    names = [run.config["name"] for run in runs]
+    return render(
+        "report.html",
+        title="Evaluation: " + ", ".join(names),
+        names=names,
+        colours=COLOURS,
+        report=report(runs),
         more=more,
-        svg=svg,
+        picture=base64.b64encode(picture).decode(),
         problems=problems,
         packed=packed,
         light=HtmlFormatter(style="default").get_style_defs(".hl"),
@@ -276,11 +276,48 @@ def page(runs: list[Run], markdown: str, more: str, svg: str, most: int) -> str:
     )
 
 
+# ---- A training run
+
+
+def read_log(path: Path) -> list[dict]:
+    """A log of grpo.py by step; of one that was done again, or cut by a kill, the whole row."""
+    rows = {}
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            row = json.loads(line, parse_float=lambda digits: float(f"{float(digits):.5g}"))
+            rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def training_page(folder: Path) -> str:
+    """All that a run has logged; of a long one the groups of 100 of its steps."""
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        run = {"flags": config["flags"], "started": config["started"]}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{folder} is not a run of grpo.py: no config.json of one") from None
+    for name in ("metrics", "eval", "groups"):
+        run[name] = read_log(folder / f"{name}.jsonl")
+    if not run["metrics"]:
+        raise UserError(f"{folder} has no finished step yet: wait for the first one")
+    every = math.ceil(len(run["groups"]) / 100) or 1
+    run["groups"] = run["groups"][::-every][::-1]  # with the last one
+    return render("train.html", title=f"Training: {folder.resolve().name}", run=run)
+
+
 def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1000, math.inf, "max_chars")
     if not flags.runs:
         raise UserError("give the folder of one run or more")
+    trained = [folder for folder in flags.runs if (folder / "metrics.jsonl").exists()]
+    if trained and len(flags.runs) > 1:
+        raise UserError(f"{trained[0]} is a training run: give it alone")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    if trained:
+        page = flags.out / "training.html"
+        page.write_text(training_page(trained[0]), encoding="utf-8")
+        return print(page)
     with Grader() as grader:
         runs = [load_run(folder, grader, flags.fallback) for folder in flags.runs]
     names = list(dict.fromkeys(name for run in runs for name in run.measures))
@@ -288,14 +325,11 @@ def main() -> None:
     for name in names:
         more += f"\n## {name}\n" + by_k(runs, name)
         more += "".join(by_group(runs, name, key) for key in GROUPS)
-    flags.out.mkdir(parents=True, exist_ok=True)
-    figure, svg = plot(runs, names), io.StringIO()
-    figure.savefig(flags.out / "report.png", dpi=150)
-    figure.savefig(svg, format="svg", metadata={"Date": None})
-    drawing = svg.getvalue()[svg.getvalue().index("<svg") :]
-    text = page(runs, report(runs), more, drawing, flags.max_chars)
-    (flags.out / "report.html").write_text(text, encoding="utf-8")
-    print(f"{flags.out}/report.png\n{flags.out}/report.html: {len(text) / 1e6:.1f} MB")
+    picture, page = flags.out / "report.png", flags.out / "report.html"
+    plot(runs, names).savefig(picture, dpi=150)
+    text = evaluation_page(runs, more, picture.read_bytes(), flags.max_chars)
+    page.write_text(text, encoding="utf-8")
+    print(f"{picture}\n{page}: {len(text) / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
