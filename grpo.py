@@ -568,14 +568,16 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], team
         lr = learning_rate(step, config)
         for setting in optimizer.param_groups:
             setting["lr"] = lr
-        if config.sleep and has_cuda():
+        learns = config.kl_beta or any(trace.advantage for group in groups for trace in group)
+        sleeps = config.sleep and has_cuda() and learns
+        if sleeps:
             agent.engine.sleep(1)
         try:
             stats = update(model, optimizer, groups, temperature, config, team)
         except torch.OutOfMemoryError:
             less = f"a smaller --micro-tokens than {config.micro_tokens}, or --sleep"
             raise UserError(f"out of GPU memory in the update: --resume with {less}") from None
-        if config.sleep and has_cuda():
+        if sleeps:
             torch.cuda.empty_cache()
             agent.engine.wake_up()
 
