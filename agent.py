@@ -36,6 +36,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import tyro
 
@@ -57,7 +58,7 @@ class Trace:
     """
 
     problem: Problem
-    sample: int
+    sample: int  # which attempt: 0, 1, ...
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)  # exactly as sampled or inserted
     mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = inserted output
@@ -65,9 +66,7 @@ class Trace:
     calls: list[tuple[str, Result]] = field(default_factory=list)  # (code, its result)
     finish: str = ""  # answer | eos | max_tokens | context | max_calls | error
     text: str = ""  # all that follows the prompt
-    spans: list[tuple[str, int]] = field(
-        default_factory=list
-    )  # (model | code | output, characters)
+    spans: list[tuple[str, int]] = field(default_factory=list)  # its parts: (kind, characters)
     answer: str | None = None  # the last \boxed{} in the model's own prose
     seconds: float = 0.0
     # what grpo.py learns from it
@@ -82,16 +81,27 @@ class Trace:
         """Tokens that the model wrote."""
         return sum(self.mask)
 
+    def append(self, ids: list[int], mask: int, logprobs: list[float]) -> None:
+        self.ids += ids
+        self.mask += [mask] * len(ids)
+        self.logprobs += logprobs
+
+    def append_text(self, kind: str, text: str) -> None:
+        """kind: model (prose) | code (a call with its tags) | output."""
+        self.text += text
+        if text:
+            self.spans.append((kind, len(text)))
+
 
 @dataclass
 class Live:
     """A trace on its way, and what only the loop needs to know about it."""
 
     trace: Trace
-    started: float
-    segment: str = ""  # what the model has written since the last inserted output
+    segment: str = ""  # the model's text since the last output: prose, then perhaps a call
     requests: int = 0  # to the engine, so far
-    session: Session | None = None  # the sandbox's process with the trace's variables
+    session: Session | None = None  # the sandbox's process that keeps the trace's variables
+    started: float = field(default_factory=time.monotonic)
 
 
 def trace_seed(seed: int, *what) -> int:
@@ -99,23 +109,27 @@ def trace_seed(seed: int, *what) -> int:
 
     A request that is added again with the same seed would replay the same noise.
     """
-    name = "/".join(map(str, (seed, *what)))
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:7])
+    parts = [str(part) for part in (seed, *what)]
+    name = "/".join(parts).encode()
+    digest = hashlib.sha256(name).digest()
+    return int.from_bytes(digest[:7])  # vLLM takes 63 bits
 
 
+@dataclass
 class Agent:
-    """A vLLM engine, a sandbox, a prompt and the flags; `rollout` is the whole method.
-
-    engine: an LLMEngine (add_request, step, abort_request); max_len: its context; slots: traces
-    that decode at once; lora: a LoRARequest or None. grpo.py replaces `flags` and `lora` as it
-    goes on.
+    """All that a rollout needs; `rollout` is the whole method. grpo.py replaces `flags` and `lora`
+    as it goes on.
     """
 
-    def __init__(self, engine, tokenizer, box, prompt, flags, max_len, slots=64, lora=None):
-        self.engine, self.tokenizer, self.box = engine, tokenizer, box
-        self.prompt, self.flags = prompt, flags
-        self.max_len, self.slots, self.lora = max_len, slots, lora
-        self.serial = itertools.count()
+    engine: Any  # vLLM's LLMEngine: add_request, step, abort_request
+    tokenizer: Any
+    box: Sandbox | None  # None without the tool
+    prompt: Prompt
+    flags: AgentFlags
+    max_len: int  # the context, in tokens
+    slots: int = 64  # traces that decode at once
+    lora: Any = None  # vLLM's LoRARequest
+    serial: Iterator[int] = field(default_factory=itertools.count)
 
     def rollout(
         self, jobs: Iterable[tuple[Problem, int]], on_event: Callable | None = None
@@ -131,7 +145,7 @@ class Agent:
         on_event(trace, kind, value) sees "text" (a str), "call" (code) and "output" (a Result).
         """
         jobs = iter(jobs)
-        notify = on_event or (lambda trace, kind, value: None)
+        notify = on_event or ignore
         ready: list[Live] = []
         decoding: dict[str, Live] = {}  # by the name of its request
         running: dict[Session, Live] = {}
@@ -139,166 +153,192 @@ class Agent:
 
         try:
             while True:
-                # Start new traces where there is room.
-                room = min(slots - len(decoding) - len(ready), 4 * self.slots - len(running))
-                ready += [self.begin(*job) for job in itertools.islice(jobs, max(0, room))]
+                # Start new traces where there is room. While a snippet runs, another trace decodes
+                # in its place; but each has a process in the sandbox, so there is a limit.
+                room = slots - len(ready) - len(decoding)
+                if len(running) >= 4 * self.slots:
+                    room = 0
+                for problem, sample in itertools.islice(jobs, max(0, room)):
+                    prompt_ids = render_prompt(self.tokenizer, self.prompt, problem.question)
+                    ready.append(Live(Trace(problem, sample, prompt_ids)))
                 if not (ready or decoding or running):
                     return
 
-                # Into the engine, with prompt + ids so far, or out.
+                # Into the engine, with prompt + ids so far; or out.
                 for live in ready:
-                    if live.trace.finish or not self.request(live, decoding):
+                    if self.is_over(live.trace):
                         yield self.end(live)
+                    else:
+                        decoding[self.request(live)] = live
                 ready = []
 
                 # One engine step: one more token for every trace in the batch.
-                for output in self.engine.step() if decoding else []:
-                    live = decoding.get(output.request_id)
-                    if live is None:  # aborted, and this output was on its way
-                        continue
+                outputs = self.engine.step() if decoding else []
+                for output in outputs:
+                    live = decoding[output.request_id]
                     new = output.outputs[0]  # what this step has added
                     text = self.take(live, new)
                     if text:
                         notify(live.trace, "text", text)
-                    move = self.next_move(live, new)
-                    if move == "decode":
+                    place = self.next_place(live, new)
+                    if place == "decoding":
                         continue
 
                     del decoding[output.request_id]
                     if not output.finished:
                         self.engine.abort_request([output.request_id])
-                    if move == "call":
-                        code = snippet_in(live.segment)
-                        notify(live.trace, "call", code)
-                        live.session = live.session or self.box.session()
-                        live.session.submit(code, self.flags.snippet_seconds)
-                        running[live.session] = live
-                    else:
-                        live.trace.finish = "" if move == "again" else move
+                    if place == "ready":
                         ready.append(live)
+                        continue
+
+                    live.session = live.session or self.box.session()
+                    running[live.session] = live
+                    code = snippet_in(live.segment)
+                    notify(live.trace, "call", code)
+                    live.session.submit(code, self.flags.snippet_seconds)
 
                 # Snippets that have ended: their outputs become tokens with mask 0.
                 patience = 0 if decoding or ready else 0.2  # seconds
-                for session, result in self.box.poll(patience) if running else []:
+                results = self.box.poll(patience) if running else []
+                for session, result in results:
                     live = running.pop(session)
+                    ready.append(live)
                     notify(live.trace, "output", result)
                     self.insert(live, result)
-                    ready.append(live)
 
                 slots = min(self.slots, 8 * slots)
         finally:  # also after Ctrl-C, or when the caller stops listening
             self.engine.abort_request(list(decoding))
-            for live in [*ready, *decoding.values(), *running.values()]:
+            ready += decoding.values()
+            ready += running.values()
+            for live in ready:
                 if live.session:
                     live.session.close()
 
-    def begin(self, problem: Problem, sample: int) -> Live:
-        prompt_ids = render_prompt(self.tokenizer, self.prompt, problem.question)
-        return Live(Trace(problem, sample, prompt_ids), time.monotonic())
+    def room(self, trace: Trace) -> int:
+        """Tokens until the engine's context is full."""
+        return self.max_len - len(trace.prompt_ids) - len(trace.ids)
 
-    def request(self, live: Live, decoding: dict[str, Live]) -> bool:
-        """Hand prompt + ids to the engine; False, with trace.finish set, where no token fits."""
+    def is_over(self, trace: Trace) -> bool:
+        """Whether nothing more will be sampled; trace.finish then says why."""
+        if not trace.finish and trace.sampled >= self.flags.max_tokens:
+            trace.finish = "max_tokens"
+        if not trace.finish and self.room(trace) < 1:
+            trace.finish = "context"
+        return trace.finish != ""
+
+    def request(self, live: Live) -> str:
+        """Hand prompt + ids so far to the engine; returns the request's name."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         flags, trace = self.flags, live.trace
-        ids = trace.prompt_ids + trace.ids
-        budget = flags.max_tokens - trace.sampled
-        room = min(budget, self.max_len - len(ids))
-        if room < 1:
-            trace.finish = "context" if budget > 0 else "max_tokens"
-            return False
         stops = list(self.prompt.stops)
         if self.prompt.agent:
             stops.append(CALL_CLOSE)
+        request = (trace.problem.id, trace.sample, live.requests)
         params = SamplingParams(
             temperature=flags.temperature,
             top_p=flags.top_p,
             top_k=flags.top_k,
-            seed=trace_seed(flags.seed, trace.problem.id, trace.sample, live.requests),
-            max_tokens=room,
+            seed=trace_seed(flags.seed, *request),
+            max_tokens=min(flags.max_tokens - trace.sampled, self.room(trace)),
             stop=stops,
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,  # the sampled token's, and of no other
             output_kind=RequestOutputKind.DELTA,
         )
-        name = f"{trace.problem.id}-{trace.sample}-{live.requests}-{next(self.serial)}"
-        prompt = {"prompt_token_ids": ids}
-        self.engine.add_request(name, prompt, params, lora_request=self.lora)
         live.requests += 1
-        decoding[name] = live
-        return True
+        name = f"{trace.problem.id}-{trace.sample}-{next(self.serial)}"
+        prompt = {"prompt_token_ids": trace.prompt_ids + trace.ids}
+        self.engine.add_request(name, prompt, params, lora_request=self.lora)
+        return name
 
     def take(self, live: Live, new) -> str:
-        """Append what one engine step sampled, a CompletionOutput; returns its text."""
-        trace, text = live.trace, new.text
+        """Append what one engine step has sampled, a CompletionOutput; returns its text."""
+        tok = self.tokenizer
+        logprobs = []
         for token, row in zip(new.token_ids, new.logprobs or [], strict=True):
-            trace.ids.append(token)
-            trace.mask.append(1)
-            trace.logprobs.append(row[token].logprob)
-        if trace.ids[-1:] == [self.tokenizer.eos_token_id]:
-            text = text.removesuffix(self.tokenizer.eos_token)  # it ends the turn and is no text
-        if (
-            new.stop_reason == CALL_CLOSE
-        ):  # the last token may hold more than the tag: `>` and newline
-            text += self.tokenizer.decode(new.token_ids[-1:]).partition(">")[2]
+            logprobs.append(row[token].logprob)
+        live.trace.append(new.token_ids, 1, logprobs)
+
+        text = new.text
+        last = live.trace.ids[-1:]
+        if last == [tok.eos_token_id]:
+            text = text.removesuffix(tok.eos_token)  # it ends the turn and is no text
+        if new.stop_reason == CALL_CLOSE:
+            # The text ends with the tag, but its last token may hold more: `>` and a newline.
+            _, _, more = tok.decode(last).partition(">")
+            text += more
         live.segment += text
         return text
 
-    def next_move(self, live: Live, new) -> str:
-        """decode (the request goes on) | call | again (a new request is due) | a finish value."""
+    def next_place(self, live: Live, new) -> str:
+        """decoding (the request goes on), running (a call to run), or ready: a new request is due,
+        or the trace ends and trace.finish says why.
+        """
         flags, trace = self.flags, live.trace
-        closes = new.stop_reason == CALL_CLOSE
-        if closes and CALL_OPEN in live.segment:
+        closed = new.stop_reason == CALL_CLOSE
+        if closed and CALL_OPEN in live.segment:
             if trace.sampled >= flags.max_tokens:
-                return "max_tokens"  # nobody could read the output
-            return "call" if len(trace.calls) < flags.max_calls else "max_calls"
-        if (
-            flags.end_at == "box"
-            and "}" in new.text
-            and extract_answer(self.split(live.segment)[0])
-        ):
-            return "answer"
+                trace.finish = "max_tokens"  # nobody could read the output
+            elif len(trace.calls) >= flags.max_calls:
+                trace.finish = "max_calls"
+            return "ready" if trace.finish else "running"
+
+        if flags.end_at == "box" and "}" in new.text:
+            prose, _ = self.split(live.segment)
+            if extract_answer(prose):
+                trace.finish = "answer"
+                return "ready"
         if new.finish_reason is None:
-            return "decode"
-        if closes or new.finish_reason == "length":
-            return "again"  # a tag that closes nothing is plain text; see `request` for the length
-        return "eos" if new.finish_reason == "stop" else "error"
+            return "decoding"
+        if new.finish_reason == "stop" and not closed:  # a tag that closes nothing is plain text
+            trace.finish = "eos"
+        if new.finish_reason not in ("stop", "length"):
+            trace.finish = "error"
+        return "ready"
 
     def insert(self, live: Live, result: Result) -> None:
-        """Append a snippet's output, untrusted text, as tokens with mask 0; ends a full trace."""
+        """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit."""
         trace = live.trace
-        trace.calls.append((snippet_in(live.segment), result))
+        code = snippet_in(live.segment)
+        trace.calls.append((code, result))
+        inserted = len(trace.ids) - trace.sampled
+        allowed = inserted_allowance(self.flags) - inserted
+        room = min(allowed, self.room(trace) - 1)
+        newline = "" if live.segment.endswith("\n") else "\n"
+        ids = self.output_block(newline, result.output, room)
+        if not ids:
+            trace.finish = "context"
+            return
+        self.close_segment(live)
+        trace.append(ids, 0, [0.0] * len(ids))
+        text = self.tokenizer.decode(ids, skip_special_tokens=False)
+        trace.append_text("output", text)
 
-        # Encoded apart, so that nothing in the output becomes a control token; a fence inside it
-        # would end the block. SPLIT goes first, for it could hide a fence.
-        output = result.output.replace(SPLIT, "").replace("```", "'''")
-        shown = encode(self.tokenizer, disarm(self.tokenizer, output))
-        line = "" if live.segment.endswith("\n") else "\n"
-        before = encode(self.tokenizer, line + "```output\n")
-        after = encode(self.tokenizer, "\n```\n")
+    def output_block(self, newline: str, output: str, room: int) -> list[int]:
+        """An output between its fences as tokens, at most `room` of them; [] where that is too
+        little.
 
-        inserted = len(trace.mask) - trace.sampled
-        left = self.max_len - len(trace.prompt_ids) - len(trace.ids) - 1
-        left = min(left, inserted_allowance(self.flags) - inserted)
-        room = min(OUTPUT_TOKENS, left - len(before) - len(after))
+        It is untrusted text: encoded apart, so that nothing in it becomes a control token. A fence
+        inside it would end the block; SPLIT goes first, for it could hide one.
+        """
+        tok = self.tokenizer
+        output = output.replace(SPLIT, "")
+        output = output.replace("```", "'''")
+        shown = encode(tok, disarm(tok, output))
+        before = encode(tok, newline + "```output\n")
+        after = encode(tok, "\n```\n")
+        room = min(OUTPUT_TOKENS, room - len(before) - len(after))
         if len(shown) > room:
-            note = encode(self.tokenizer, "\n[... cut ...]\n")
+            note = encode(tok, "\n[... cut ...]\n")
             half = (room - len(note)) // 2
             if half < 1:
-                trace.finish = "context"
-                return
+                return []
             shown = shown[:half] + note + shown[-half:]
-
-        ids = before + shown + after
-        trace.ids += ids
-        trace.mask += [0] * len(ids)
-        trace.logprobs += [0.0] * len(ids)
-        self.close_segment(live)
-        text = self.tokenizer.decode(ids, skip_special_tokens=False)
-        trace.text += text
-        trace.spans.append(("output", len(text)))
+        return before + shown + after
 
     def split(self, segment: str) -> tuple[str, str]:
         """(prose, call) of a segment; prose, and only that, may hold the answer."""
@@ -311,10 +351,8 @@ class Agent:
         """Move the segment into its trace."""
         trace = live.trace
         prose, call = self.split(live.segment)
-        trace.text += live.segment
-        trace.spans += [
-            (kind, len(part)) for kind, part in (("model", prose), ("code", call)) if part
-        ]
+        trace.append_text("model", prose)
+        trace.append_text("code", call)
         trace.answer = extract_answer(prose) or trace.answer
         live.segment = ""
 
@@ -326,13 +364,19 @@ class Agent:
         return live.trace
 
 
+def ignore(trace: Trace, kind: str, value) -> None:
+    """The on_event of a rollout that nobody watches."""
+
+
 def snippet_in(segment: str) -> str:
     """The code of a closed call; of several opening tags the last counts: the model began anew.
 
     >>> snippet_in("Well. <tool_call> no: <tool_call>\\nprint(6 * 7)\\n</tool_call>")
     'print(6 * 7)'
     """
-    return segment.rpartition(CALL_CLOSE)[0].rpartition(CALL_OPEN)[2].strip("\n")
+    call, _, _ = segment.rpartition(CALL_CLOSE)
+    _, _, code = call.rpartition(CALL_OPEN)
+    return code.strip("\n")
 
 
 # ---- From flags to an agent
@@ -356,31 +400,36 @@ def check_flags(flags: AgentFlags) -> Prompt:
 
 def inserted_allowance(flags: AgentFlags) -> int:
     """Tokens that a trace's inserted outputs may have together, so that the context is known."""
-    return max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
+    if not flags.agent:
+        return 0
+    return max(2 * OUTPUT_TOKENS, flags.max_tokens // 2)
 
 
 @contextlib.contextmanager
 def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: bool = False):
-    """An Agent for the flags, ready for `traces` traces of `problems` (their longest prompt
-    counts).
+    """An Agent for the flags, ready for `traces` traces of `problems`. Raises UserError.
 
-    The sandbox starts first: its imports run while the engine loads. Raises UserError.
+    sleep: see load_engine. The sandbox starts first: its imports run while the engine loads.
     """
     prompt = check_flags(flags)
     prepare_environment(flags.verbose)
     if flags.model != "embedded":
         go_offline_without_hub()
-    with contextlib.ExitStack() as stack:
-        box = stack.enter_context(Sandbox(mode=flags.sandbox)) if prompt.agent else None
+    sandbox = contextlib.nullcontext()
+    if prompt.agent:
+        sandbox = Sandbox(mode=flags.sandbox)
+    with sandbox as box:
         model, lora = resolve_model(flags.model, flags.lora)
         tokenizer = load_tokenizer(model)
         if not tokenizer.chat_template and not prompt.stops:
             prompt = replace(prompt, stops=BASE_STOPS)
 
         # The context to plan for: an engine that keeps less can hold more traces.
-        prompts = [render_prompt(tokenizer, prompt, problem.question) for problem in problems]
-        longest = max(map(len, prompts), default=2048)  # at the interactive prompt nobody knows
         context = context_length(model)
+        longest = 0 if problems else 2048  # at the interactive prompt nobody knows
+        for problem in problems:
+            ids = render_prompt(tokenizer, prompt, problem.question)
+            longest = max(longest, len(ids))
         if longest >= context:
             too_long = f"the prompt has {longest} tokens and the model's context is {context}"
             raise UserError(f"{too_long}: shorten the problem, or use --few-shot none")
@@ -418,46 +467,44 @@ class Flags(AgentFlags):
 def printable(text: str) -> str:
     r"""Text whose control characters, but for newline and tab, are written out: \x1b."""
     controls = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"
-    return re.sub(controls, lambda match: f"\\x{ord(match[0]):02x}", text)
+    return re.sub(controls, lambda match: ascii(match[0])[1:-1], text)
 
 
-def stream_to(console) -> Callable:
-    """An on_event for `rollout` that shows one trace as it grows, tags and all."""
+def solve(agent: Agent, problem: Problem, n: int, console) -> dict:
+    """n traces of one problem and their vote, shown on the console; returns the JSON object."""
 
-    def on_event(trace: Trace, kind: str, value) -> None:
-        text, style = "", "dim"
+    def on_event(trace: Trace, kind: str, value) -> None:  # one trace as it grows, tags and all
         if kind == "text":
-            text, style = value, None
+            console.print(printable(value), end="")
         if kind == "output":
-            text = f"\n```output\n{value.output}\n```\n"
-            style = "dim" if value.status == "ok" else "red"
-        console.print(printable(text), style=style, end="", markup=False, highlight=False)
+            block = f"\n```output\n{value.output}\n```\n"
+            console.print(printable(block), end="", style="dim")
 
-    return on_event
-
-
-def solve(agent: Agent, problem: Problem, n: int, console=None) -> dict:
-    """n traces of one problem and their vote as a JSON object; `console` shows them to people."""
-    started, traces = time.monotonic(), []
-    on_event = stream_to(console) if console and n == 1 else None
-    for trace in agent.rollout([(problem, i) for i in range(n)], on_event):
+    started = time.monotonic()
+    traces = []
+    jobs = ((problem, sample) for sample in range(n))
+    for trace in agent.rollout(jobs, on_event if n == 1 else None):
         traces.append(trace)
-        if console and n > 1:
+        if n > 1:
             counts = f"{trace.sampled:5d} tokens, {len(trace.calls)} calls, {trace.finish}"
-            print(printable(f"trace {trace.sample:2d}: {counts}: {trace.answer or 'no answer'}"))
+            answer = trace.answer or "no answer"
+            console.print(printable(f"trace {trace.sample:2d}: {counts}: {answer}"))
     traces.sort(key=lambda trace: trace.sample)
     result = vote([trace.answer for trace in traces])
-    if console:
-        tokens = sum(trace.sampled for trace in traces)
-        calls = sum(len(trace.calls) for trace in traces)
-        cost = f"{tokens} tokens, {calls} calls, {time.monotonic() - started:.1f} s"
-        if n == 1:
-            cost += "" if traces[0].finish in ("eos", "answer") else f", cut by {traces[0].finish}"
-        elif result.clusters:
-            cost += f", {result.clusters[0][1]} of {n} votes"
-        answer = printable(f"answer: {result.winner or 'none'}")
-        console.print("\n" * (n == 1) + answer, style="bold", markup=False, highlight=False)
-        console.print(f"({cost})", style="dim", highlight=False)
+
+    tokens = sum(trace.sampled for trace in traces)
+    calls = sum(len(trace.calls) for trace in traces)
+    seconds = time.monotonic() - started
+    cost = f"{tokens} tokens, {calls} calls, {seconds:.1f} s"
+    if n == 1:
+        console.print()  # ends the trace's last line
+        if traces[0].finish not in ("eos", "answer"):
+            cost += f", cut by {traces[0].finish}"
+    elif result.clusters:
+        _, votes, _ = result.clusters[0]
+        cost += f", {votes} of {n} votes"
+    console.print(printable(f"answer: {result.winner or 'none'}"), style="bold")
+    console.print(f"({cost})", style="dim")
     return {
         "problem": problem.question,
         "answer": result.winner,
@@ -476,7 +523,23 @@ def trace_json(trace: Trace) -> dict:
     }
 
 
-def questions(console) -> Iterator[str]:
+def read_problem(flags: Flags) -> str | None:
+    """The problem on the command line or standard input, None for the interactive prompt."""
+    if flags.problem is None and not flags.json:
+        return None
+    text = flags.problem or ""
+    if text == "-":
+        text = sys.stdin.buffer.read().decode("utf-8", "replace")
+    if not text.strip():
+        raise UserError("no problem: give one in quotes, or - for standard input")
+    return text.strip()
+
+
+def as_problem(question: str) -> Problem:
+    return Problem(problem_id(question), question, answer=None)
+
+
+def ask(console) -> Iterator[str]:
     """Problem after problem from the terminal, until end of file."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  arrow keys and history
@@ -488,22 +551,6 @@ def questions(console) -> Iterator[str]:
                 yield line
 
 
-def read_problem(flags: Flags) -> str | None:
-    """The problem on the command line or standard input, None for the interactive prompt."""
-    if flags.problem is None:
-        if flags.json:
-            raise UserError("--json needs a problem (or - for standard input)")
-        return None
-    try:
-        text = sys.stdin.read() if flags.problem == "-" else flags.problem
-        text.encode()
-    except UnicodeError:
-        raise UserError("the problem is not valid UTF-8 text") from None
-    if not text.strip():
-        raise UserError("the problem is empty: give one in quotes, or - for standard input")
-    return text.strip()
-
-
 def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1, math.inf, "n")
@@ -511,18 +558,17 @@ def main() -> None:
     check_flags(flags)  # a wrong flag ends here, before anything heavy is loaded
     from rich.console import Console
 
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, markup=False, highlight=False, quiet=flags.json)
     stdout = os.dup(1)
     if flags.json:  # whatever a library prints goes to stderr: stdout holds the object alone
         os.dup2(2, 1)
-        console = None
-    given = [Problem(problem_id(text), text, None)] if text else []
+    given = [as_problem(text)] if text else []
     with open_agent(flags, given, flags.n) as agent:
-        asked = (Problem(problem_id(q), q, None) for q in questions(console))
-        for problem in given or asked:
+        for problem in given or map(as_problem, ask(console)):
             result = solve(agent, problem, flags.n, console)
             if flags.json:
-                os.write(stdout, json.dumps(result, ensure_ascii=False).encode() + b"\n")
+                text = json.dumps(result, ensure_ascii=False) + "\n"
+                os.write(stdout, text.encode())
 
 
 if __name__ == "__main__":

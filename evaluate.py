@@ -26,17 +26,16 @@ level or topic, plots and a page to browse in are made by extras/report.py.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
-import os
-import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -74,8 +73,8 @@ class Flags(DataFlags, AgentFlags):
 CUT = ("max_tokens", "context", "max_calls")  # the trace was ended, it did not end
 
 # What may change when a run goes on. Every other flag decides how a trace looks.
-FREE = {"n", "limit", "out", "name", "grade", "fallback", "report", "ablation", "base_model"}
-FREE |= {"lora", "batch", "gpu_memory_utilization", "tensor_parallel", "verbose", "sandbox"}
+FREE = """n limit out name grade fallback report ablation base_model lora batch
+gpu_memory_utilization tensor_parallel verbose sandbox""".split()
 
 # ---- Numbers
 
@@ -88,9 +87,9 @@ def majority(votes: list[tuple[int, bool]]) -> float:
     >>> majority([(3, True), (2, False)]), majority([(2, True), (2, False), (1, False)])
     (1.0, 0.5)
     """
-    most = max((count for count, _ in votes), default=0)
-    if most == 0:  # nobody has voted
+    if not votes:
         return 0.0
+    most = max(count for count, _ in votes)
     return fmean(right for count, right in votes if count == most)
 
 
@@ -107,10 +106,9 @@ def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of values, one for each problem."""
     import numpy as np
 
-    problems = len(values)
-    chosen = np.random.default_rng(0).integers(0, problems, (draws, problems))
-    means = np.array(values)[chosen].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    rng = np.random.default_rng(0)
+    drawn = rng.choice(values, (draws, len(values)))
+    low, high = np.percentile(drawn.mean(axis=1), [2.5, 97.5])
     return float(low), float(high)
 
 
@@ -131,52 +129,47 @@ def trace_row(trace: Trace) -> dict:
         "finish": trace.finish,
         "tokens": trace.sampled,
         "all_tokens": len(trace.ids),
-        "calls": [{"status": r.status, "seconds": round(r.seconds, 4)} for _, r in trace.calls],
-        "seconds": round(trace.seconds, 3),
+        "calls": [{"status": r.status, "seconds": r.seconds} for _, r in trace.calls],
+        "seconds": trace.seconds,
         "text": trace.text,
         "spans": trace.spans,  # they tile the text: (model | code | output, characters)
     }
 
 
-def read_traces(folder: Path) -> dict[tuple[str, str, int], dict]:
-    """(dataset, problem id, sample) -> row, from the files of all ranks; damaged lines left out."""
+def read_traces(folder: Path) -> dict:
+    """(dataset, problem id, sample) -> row, from the files of all ranks."""
     rows = {}
     for path in sorted(folder.glob("traces*.jsonl")):
         for line in path.open("rb"):
-            if not line.endswith(b"\n"):
-                break  # the last line, which a kill cut in two
-            with contextlib.suppress(ValueError, TypeError, KeyError):
+            with contextlib.suppress(ValueError):  # a line that a kill cut in two
                 row = json.loads(line)
                 rows[row["dataset"], row["id"], row["sample"]] = row
     return rows
 
 
 def open_traces(folder: Path, rank: int):
-    """This rank's file of rows, open for appending, and no other process's until it is closed."""
+    """This rank's file of rows, open for appending, without a last line that was cut in two."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / (f"traces-{rank}.jsonl" if rank else "traces.jsonl")
     file = path.open("a", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another run writes into {folder}: wait, or give another --out") from None
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)  # without a line that was cut in two
+    file.truncate(path.read_bytes().rfind(b"\n") + 1)
     return file
 
 
 def read_config(folder: Path) -> dict | None:
-    """A run's config.json, None for a new folder. Raises UserError where it is not ours."""
+    """A run's config.json, None for a new folder. Raises UserError where it is damaged."""
     path = folder / "config.json"
-    if not path.exists() and not any(folder.glob("traces*.jsonl")):
+    if not path.exists():
         return None
-    with contextlib.suppress(OSError, ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError):
         config = json.loads(path.read_bytes())
         if "settings" in config:
             return config
-    raise UserError(f"{folder} is not a run: its config.json is missing or damaged")
+    raise UserError(f"{folder} is not a run: its config.json is damaged")
 
 
-def make_config(flags: Flags, folder: Path, asked: int, adapter: str | None) -> dict:
+def make_config(flags: Flags, folder: Path, traces: int, adapter: str | None) -> dict:
+    """What config.json says of a run: what was asked for, when, and under which name."""
     settings = {key: value for key, value in vars(flags).items() if key not in FREE}
     settings["prompt"] = asdict(check_flags(flags))  # its text, not its file's name
     if adapter:  # its content: the same folder may hold another one tomorrow
@@ -184,20 +177,20 @@ def make_config(flags: Flags, folder: Path, asked: int, adapter: str | None) -> 
         settings["adapter"] = hashlib.sha256(weights).hexdigest()[:16]
     return {
         "name": flags.name or folder.resolve().name,
-        "n": flags.n,
-        "asked": asked,  # traces
+        "asked": traces,
         "settings": json.loads(json.dumps(settings)),  # as they will be read again
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "machine": f"{platform.node()}, {os.cpu_count()} cores",
-        "lora": adapter,
     }
 
 
 def check_settings(old: dict, new: dict) -> None:
     """Raise UserError where a run that is to go on has other settings."""
-    keys = [key for key in sorted({**old, **new}) if old.get(key) != new.get(key)]
-    if keys:
-        changes = [f"{key} {old.get(key)!s:.30} -> {new.get(key)!s:.30}" for key in keys]
+    changes = []
+    for key in sorted(old | new):
+        before, after = old.get(key), new.get(key)
+        if before != after:
+            changes.append(f"{key} {before!s:.30} -> {after!s:.30}")
+    if changes:
         raise UserError(f"other settings: {', '.join(changes)}: give another --out")
 
 
@@ -234,12 +227,11 @@ def run(flags: Flags) -> None:
         if team.rank == 0:
             draft = out / ".config.json.tmp"  # renamed, so that a kill leaves all of it or nothing
             draft.write_text(json.dumps(config, indent=1, ensure_ascii=False))
-            os.replace(draft, out / "config.json")
+            draft.replace(out / "config.json")
         done = read_traces(out)
         jobs = [(p, sample) for p, sample in mine if (p.meta["dataset"], p.id, sample) not in done]
         if jobs:
-            share = f"{len(jobs)} of {len(mine)} traces to sample"
-            print(f"{out}: {share}, rank {team.rank} of {team.size}", file=sys.stderr)
+            print(f"{out}: {len(jobs)} of {len(mine)} traces to sample", file=sys.stderr)
             sample_all(flags, problems, jobs, file, quiet=team.rank > 0)
         team.gather("done")  # wait for the others; UserError where one has failed
     if flags.grade and team.rank == 0:
@@ -256,40 +248,25 @@ def load_sets(flags: Flags) -> list[Problem]:
     return problems
 
 
-LINE = (
-    "{n_fmt} of {total_fmt} traces in {elapsed}, {remaining} to go{postfix}\n"  # tqdm's, in a log
-)
-
-
 def sample_all(flags, problems, jobs, file, quiet) -> None:
     """Write a row for every (problem, sample) of `jobs`, each the moment its trace ends.
 
-    Shows the share of right traces so far and the speed: in a bar, or in a line now and then.
+    How many are right, --report says at any time, while this goes on too.
     """
     from tqdm import tqdm
 
-    look = {} if sys.stderr.isatty() else {"mininterval": 30, "miniters": 1, "bar_format": LINE}
+    pause = 0.1 if sys.stderr.isatty() else 30  # seconds; a log needs no more
     tokens = 0
-    right = []  # of the verdicts that are there
-
-    def count(verdict):
-        if not verdict.cancelled():
-            right.append(verdict.result().equal)
-
-    with Grader() as grader, open_agent(flags, problems, len(jobs)) as agent:
+    with open_agent(flags, problems, len(jobs)) as agent:
         started = time.monotonic()
-        bar = tqdm(agent.rollout(jobs), total=len(jobs), unit="trace", disable=quiet, **look)
+        traces = agent.rollout(jobs)
+        bar = tqdm(traces, total=len(jobs), unit="trace", mininterval=pause, disable=quiet)
         for trace in bar:
             file.write(json.dumps(trace_row(trace), ensure_ascii=False) + "\n")
             file.flush()
-
-            gold = trace.problem.answer
-            if flags.grade and gold is not None:
-                grader.submit(gold, trace.answer).add_done_callback(count)
             tokens += trace.sampled
             speed = tokens / (time.monotonic() - started)
-            share = f"{fmean(right):.1%} right, " if right else ""
-            bar.set_postfix_str(f"{share}{speed:.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"{speed:.0f} tok/s", refresh=False)
 
 
 # ---- Verdicts, votes, measures
@@ -300,14 +277,14 @@ class Scored(NamedTuple):
 
     rows: list[dict]  # its traces, by sample number
     verdicts: list[Verdict]
-    clusters: list[tuple[str, int, list[int]]]  # (answer, votes, places in rows), most votes first
+    clusters: list[tuple]  # (answer, votes, places in rows), most votes first
     measures: dict[str, float]
 
 
 class Run(NamedTuple):
     config: dict
-    problems: dict[tuple[str, str], Scored]  # by dataset and problem id
-    measures: dict[str, dict[str, dict[str, float]]]  # dataset -> measure -> problem id -> value
+    problems: dict[tuple, Scored]  # by dataset and problem id
+    measures: dict[str, dict]  # dataset -> measure -> problem id -> value
 
 
 def load_run(folder: Path, grader: Grader, fallback: bool = False) -> Run:
@@ -315,26 +292,26 @@ def load_run(folder: Path, grader: Grader, fallback: bool = False) -> Run:
     config = read_config(folder)
     if config is None:
         raise UserError(f"{folder} is not a run: `evaluate.py --out` makes one")
-    groups: dict[tuple[str, str], list[dict]] = {}
+    groups = defaultdict(list)
     for (dataset, problem, _), row in sorted(read_traces(folder).items()):
         if fallback and row["answer"] is None:
-            prose = [text for kind, text in pieces(row) if kind == "model"]
-            row["answer"] = fallback_answer("".join(prose))
+            row["answer"] = fallback_answer(row["text"])
         if row["gold"] is not None:
-            groups.setdefault((dataset, problem), []).append(row)
+            grader.submit(row["gold"], row["answer"])
+            groups[dataset, problem].append(row)
     if not groups:
         raise UserError(f"{folder} has no traces with a gold answer: nothing to report")
 
-    run = Run(config, {}, {})
+    run = Run(config, {}, defaultdict(lambda: defaultdict(dict)))
     for (dataset, problem), rows in groups.items():
-        run.problems[dataset, problem] = score(rows, grader)
-        table = run.measures.setdefault(dataset, {})
-        for measure, value in run.problems[dataset, problem].measures.items():
-            table.setdefault(measure, {})[problem] = value
+        scored = score(rows, grader)
+        run.problems[dataset, problem] = scored
+        for measure, value in scored.measures.items():
+            run.measures[dataset][measure][problem] = value
     return run
 
 
-def pieces(row: dict) -> Iterator[tuple[str, str]]:
+def pieces(row: dict) -> Iterator:
     """A row's text, cut into (model | code | output, text)."""
     at = 0
     for kind, length in row["spans"]:
@@ -344,19 +321,20 @@ def pieces(row: dict) -> Iterator[tuple[str, str]]:
 
 def score(rows: list[dict], grader: Grader) -> Scored:
     """Verdicts, vote and measures for the traces of one problem."""
-    futures = [grader.submit(row["gold"], row["answer"]) for row in rows]
-    verdicts = [future.result() for future in futures]
-    clusters = vote([row["answer"] for row in rows], grader).clusters
+    answers = [row["answer"] for row in rows]
+    verdicts = [grader(row["gold"], row["answer"]) for row in rows]
+    clusters = vote(answers, grader).clusters
     # The members of a cluster are equivalent, so the first one decides.
     votes = [(count, verdicts[places[0]].equal) for _, count, places in clusters]
-    right = sum(verdict.equal for verdict in verdicts)
+
     n = len(rows)
     k = min(4, n)
+    right = sum(verdict.equal for verdict in verdicts)
     measures = {
         "majority@n, %": 100 * majority(votes),
         f"pass@{k}, %": 100 * pass_at(k, n, right),
     }
-    traces = [trace_measures(row, verdict) for row, verdict in zip(rows, verdicts, strict=True)]
+    traces = list(map(trace_measures, rows, verdicts))
     for name in traces[0]:
         measures[name] = fmean(trace[name] for trace in traces)
     return Scored(rows, verdicts, clusters, measures)
@@ -365,16 +343,18 @@ def score(rows: list[dict], grader: Grader) -> Scored:
 def trace_measures(row: dict, verdict: Verdict) -> dict[str, float]:
     """What is averaged over the traces of a problem."""
     calls = [call["status"] for call in row["calls"]]
+    failed = [status for status in calls if status != "ok"]
+    is_undecided = verdict.status not in ("ok", "none")
     return {
         "avg@n, %": 100 * verdict.equal,
         "model tokens": row["tokens"],
         "all tokens": row["all_tokens"],
         "with a call, %": 100 * bool(calls),
         "calls": len(calls),
-        "failed calls": len(calls) - calls.count("ok"),
+        "failed calls": len(failed),
         "truncated, %": 100 * (row["finish"] in CUT),
         "without an answer, %": 100 * (row["answer"] is None),
-        "undecided, so wrong, %": 100 * (verdict.status not in ("ok", "none")),
+        "undecided, so wrong, %": 100 * is_undecided,
     }
 
 
@@ -383,43 +363,45 @@ def trace_measures(row: dict, verdict: Verdict) -> dict[str, float]:
 
 def report(runs: list[Run]) -> str:
     """The runs side by side as Markdown; the first one is what the others are compared with."""
-    names = [run.config["name"] for run in runs]
-    body = []
-    for run in runs:
-        settings = run.config["settings"]
-        there = sum(len(problem.rows) for problem in run.problems.values())
-        traces = f"{there} of {run.config['asked']}"
-        body.append([run.config["name"], settings["model"], settings["end_at"], traces])
-    text = table(["run", "model", "a trace ends at", "traces"], body)
+    names, overview = [], []
+    for config, problems, _ in runs:
+        settings = config["settings"]
+        there = sum(len(problem.rows) for problem in problems.values())
+        traces = f"{there} of {config['asked']}"
+        names.append(config["name"])
+        overview.append([config["name"], settings["model"], settings["end_at"], traces])
+    text = table(["run", "model", "a trace ends at", "traces"], overview)
     text += "\nMean [95 % interval]; tokens are those that the model wrote in one trace.\n"
-    for dataset in sorted({name for run in runs for name in run.measures}):
+    datasets = set(chain(*(run.measures for run in runs)))
+    for dataset in sorted(datasets):
         columns = [run.measures.get(dataset, {}) for run in runs]
-        text += f"\n## {dataset}\n\n" + table(["", *names], compare(columns))
+        text += f"\n## {dataset}\n\n"
+        text += table(["", *names], compare(columns))
     return text
 
 
 def compare(columns: list[dict]) -> list[list[str]]:
-    """The table of one set from each run's measures."""
+    """The table of one set; a column is a run's: measure -> problem id -> value."""
     lines = []
-    for measure in dict.fromkeys(measure for column in columns for measure in column):
+    for measure in dict.fromkeys(chain(*columns)):
         first, *others = [column.get(measure, {}) for column in columns]
-        lines.append([measure, *(show(values.values()) for values in (first, *others))])
+        lines.append([measure, show(first), *map(show, others)])
         if others and measure in ("majority@n, %", "model tokens"):
             lines.append(["difference from the first run", ""])
-            for other in others:
-                shared = first.keys() & other.keys()
-                gains = [other[problem] - first[problem] for problem in sorted(shared)]
+            for other in others:  # problem by problem, where both runs have it
+                gains = {key: other[key] - first[key] for key in first if key in other}
                 lines[-1].append(show(gains, "+"))
     return lines
 
 
-def show(values: Iterable[float], sign: str = "") -> str:
+def show(values: dict[str, float], sign: str = "") -> str:
     """`mean [low, high]` of one value for each problem."""
-    values = list(values)
     if not values:
         return ""
-    low, high = interval(values)
-    return f"{fmean(values):{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
+    each = list(values.values())
+    mean = fmean(each)
+    low, high = interval(each)
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def table(header: list[str], body: list[list]) -> str:
@@ -427,7 +409,8 @@ def table(header: list[str], body: list[list]) -> str:
     rule = [":--"] + ["--:"] * (len(header) - 1)
     text = ""
     for row in (header, rule, *body):
-        text += "| " + " | ".join(map(str, row)) + " |\n"
+        cells = " | ".join(map(str, row))
+        text += f"| {cells} |\n"
     return text
 
 
@@ -453,18 +436,21 @@ def ablation(flags: Flags) -> None:
     out = flags.out or Path("runs/ablation")
     folders = []
     for name, own in rows.items():
-        folders.append(out / name.lower().removeprefix("+ "))
-        own += ["--no-ablation", "--name", name, "--out", str(folders[-1])]
+        folder = out / name.lower().removeprefix("+ ")
+        own += ["--no-ablation", "--name", name, "--out", str(folder)]
         print(f"\n{name}: {' '.join(own)}", file=sys.stderr)
         command = [sys.executable, __file__, *sys.argv[1:], *own]  # of equal flags the last counts
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
+        done = subprocess.run(command, stdout=subprocess.DEVNULL)
+        if done.returncode:
             raise UserError(f"the row {name} has failed, see above; the same command goes on")
+        folders.append(folder)
     print_report(folders, flags.fallback)
 
 
-def print_report(folders: Iterable[Path], fallback: bool) -> None:
+def print_report(folders, fallback: bool) -> None:
     with Grader() as grader:
-        print(report([load_run(folder, grader, fallback) for folder in folders]))
+        runs = [load_run(folder, grader, fallback) for folder in folders]
+    print(report(runs))
 
 
 def main() -> None:

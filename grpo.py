@@ -7,17 +7,21 @@ r"""GRPO from scratch: a language model learns from its own attempts when to rea
     torchrun --nproc-per-node 8 grpo.py --problems 64     # 8 GPUs, each with its own engine
     python grpo.py --merge runs/grpo                # runs/grpo/merged: a plain Hugging Face model
 
-One step, B problems x G traces each, N = B * G:
+One step, B problems x G traces each, N = B * G traces (`train` below is the loop over steps):
 
   1. roll out   agent.py samples the N traces at temperature T(step), with the tool
-  2. score      r = sum over --reward-weights of weight * reward function
+  2. score      r = sum over --reward-weights of weight * reward
   3. update     A = how much better than its own group a trace was, for each of its tokens
                 ratio_t = pi(token t) / pi_old(token t)
-                w_t = min(pi_old / pi_vLLM, --tis-cap), a constant
-                L = - sum of c_t w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A)
-                    + kl_beta * sum of c_t (q - log q - 1),  q = pi_base / pi
-                over all sampled tokens; the base model is the same one, adapter off
+                w_t = min(pi_old / pi_vLLM, --tis-cap), a constant (truncated importance sampling)
+                kl_t = q - log q - 1,  q = pi_base / pi
+                L = sum over all sampled tokens of
+                    c_t (kl_beta kl_t - w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A))
   4. sync       the new adapter goes back into vLLM under a new name
+
+pi is the model in training, pi_old the same before this update, pi_vLLM the same as vLLM computed
+it while it sampled, pi_base the same with its adapter switched off. The code has their logarithms:
+new, old, vllm, base.
 
     --loss-type   c_t, weight of a token of trace i    --scale-rewards   divides r - mean by
     grpo          1 / (N * length_i)                   group             std of its group + 1e-4
@@ -31,7 +35,7 @@ Lengths count sampled tokens. Formulas: DeepSeekMath (arXiv 2402.03300) eq. 3 an
 A trap of small rewards: where nobody in a group is right, dividing by the group's std makes a 0.1
 for a snippet that ran as large as a 1.0 for a right answer elsewhere. `batch` and `none` do not.
 
-Differences from the published recipe (preset paper has its numbers), each with its reason:
+Differences from the published recipe (its numbers: presets/paper.toml), each with its reason:
 
   1. top_p 1, top_k off (0.8 and 50 published): the ratio is not that of a cut distribution.
   2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
@@ -56,21 +60,21 @@ OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of each step
 """
 
 import contextlib
-import fcntl
 import json
 import math
 import os
 import random
-import resource
+import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
-from itertools import chain, count, islice
+import tomllib
+from collections import Counter
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Literal
 
-from agent import Agent, Trace, check_flags, open_agent, trace_seed
+from agent import Trace, check_flags, open_agent, trace_seed
 from cli import AgentFlags, DataFlags, UserError
 from cli import check_range, has_cuda, parse, run_main, stop_on_ctrl_c, write_log
 from data import Problem, load_problems
@@ -85,92 +89,91 @@ from grade import Grader
 
 
 @dataclass(kw_only=True)
-class Start:
-    """What has to be known before the other flags have their defaults."""
+class Config(DataFlags, AgentFlags):
+    """Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method."""
 
+    # the run
     preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"
-    """Values of all flags that are not given; the defaults below are mini's."""
+    """Values of all flags that are not given, see presets/; the defaults below are mini's."""
     out: str = "runs/grpo"
     """The run's folder."""
     resume: bool = False
     """Go on with the run in --out, with the flags that it was started with."""
-
-
-@dataclass(kw_only=True)
-class Config(Start, DataFlags, AgentFlags):
-    """Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method."""
-
     merge: str | None = None
-    """No training: fold the adapter of this run (or adapter folder) into its base, as MERGE/merged.
-    """
+    """No training: fold the adapter of this run or folder into its base, as MERGE/merged."""
     wandb: bool = False
     """Log to Weights & Biases too."""
     steps: int = 40
     """Rollouts in all."""
     save_every: int = 5
     """Steps between checkpoints."""
+    # evaluation during training
     eval_every: int = 10
     """Steps between evaluations on held-out problems; 0 is never."""
     eval_problems: int = 32
     """Problems held out of the training set, which are never trained on."""
     eval_n: int = 4
-    """Traces of each of them."""
+    """Traces of each held-out problem."""
     eval_dataset: str | None = None
-    """Hold out nothing, evaluate on this set's first problems instead."""
-    # the method
+    """Hold out nothing; evaluate on this set's first problems instead."""
+    # the rollout
     problems: int = 8
     """Problems of a step (B)."""
     group: int = 8
     """Traces of a problem (G)."""
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
-    """What one token weighs, see the docstring's table."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What divides r - mean, see the docstring's table."""
+    temperature: float = 1.0
+    """Sampling temperature of the first step."""
+    temperature_end: float | None = 0.8
+    """Temperature from step --temperature-steps on, linear in between; None: it stays."""
+    temperature_steps: int = 40
+    """Steps from --temperature to --temperature-end."""
+    # rewards and advantages
     reward_weights: str = "accuracy=1.0,code=0.1"
-    """Reward functions and their weights: accuracy, code, overlong."""
+    """Rewards that count, and their weights: accuracy, code (a snippet ran), overlong."""
+    overlong_buffer: int = 2048
+    """The reward `overlong` falls from 0 to -1 over the last this many of --max-tokens."""
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Scale the weighted sum of the rewards, or each reward by itself before the sum (GDPO)."""
-    overlong_buffer: int = 2048
-    """The reward `overlong` falls from 0 to -1 over this many tokens before --max-tokens."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    """What divides r - mean, see the table in grpo.py's docstring."""
     skip_flat: Literal["reward", "accuracy"] = "reward"
-    """Leave out groups whose rewards are all equal, or whose answers are all right or all wrong."""
+    """Leave out groups with equal rewards, or those with all answers right or all wrong."""
+    # the loss
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
+    """What one token weighs, see the table in grpo.py's docstring."""
     epsilon_low: float = 0.2
-    """Clip the ratio below 1 - this."""
+    """The ratio is clipped below 1 - this."""
     epsilon_high: float = 0.4
-    """Clip the ratio above 1 + this."""
+    """The ratio is clipped above 1 + this."""
     kl_beta: float = 0.0
-    """Weight of the KL term to the base model."""
+    """Weight of the KL term, which keeps the policy near the base model."""
     tis_cap: float = 2.0
-    """Cap of the correction pi_old / pi_vLLM; 0 is no correction."""
+    """Largest correction pi_old / pi_vLLM of a token; 0 is no correction."""
+    # the optimiser
     minibatches: int = 1
     """Optimiser steps that a rollout is cut into."""
     epochs: int = 1
     """Times that a rollout is used."""
-    temperature: float = 1.0
-    """Sampling temperature of the first step."""
-    temperature_end: float | None = 0.8
-    """And of step --temperature-steps, linear in between; None is no schedule."""
-    temperature_steps: int = 40
-    """Steps from one to the other."""
-    # optimiser and adapter
     lr: float = 3e-4
     """Learning rate; LoRA wants about ten times that of full fine-tuning."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """After the warm-up."""
     warmup: float = 0.0
-    """Share of the steps."""
+    """Share of --steps in which the learning rate rises to --lr."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate after the warm-up: as it is, or half a cosine down to 0."""
     weight_decay: float = 0.0
-    """AdamW's."""
+    """AdamW's weight decay."""
     max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm."""
+    """A longer gradient is scaled down to this norm."""
+    # the adapter
     lora_rank: int = 16
     """Rank r of a new adapter."""
     lora_alpha: float = 32
-    """Its scale is alpha / r."""
+    """A new adapter's output is scaled by alpha / r."""
     rslora: bool = False
-    """Its scale is alpha / sqrt(r)."""
+    """Scale it by alpha / sqrt(r) instead."""
+    # memory
     micro_tokens: int = 2048
-    """Tokens of one forward and backward pass, prompts included: only memory depends on it."""
+    """Tokens of one forward and backward pass: lower it if the update runs out of GPU memory."""
     gradient_checkpointing: bool = False
     """Less memory, more time; excludes the shared prefix."""
     sleep: bool = False
@@ -184,63 +187,42 @@ class Config(Start, DataFlags, AgentFlags):
     gpu_memory_utilization: float = 0.4
 
 
-# fmt: off
-PRESETS = {
-    "mini": Config(),
-    "paper": Config(  # Intel's DeepMath; 1e-6 is published, ten times that is usual for LoRA
-        model="Qwen/Qwen3-4B-Thinking-2507", dataset="openmathreasoning",
-        steps=1000, save_every=20, eval_every=0, problems=4, group=4, max_tokens=5000,
-        reward_weights="code=1.0,accuracy=0.1", kl_beta=0.04,
-        temperature=1.2, temperature_end=0.7, temperature_steps=1000,
-        lr=1e-6, lr_schedule="cosine", warmup=0.1, weight_decay=0.001,
-        lora_rank=32, lora_alpha=16, rslora=True,
-        micro_tokens=16384, gradient_checkpointing=True, gpu_memory_utilization=0.5),
-    "zero": Config(  # DeepMath-Zero-7B; they trained all weights at 1e-6, here it is an adapter
-        model="Qwen/Qwen2.5-7B", agent=False, prompt="r1-zero", dataset="deepmath-103k",
-        steps=500, save_every=10, eval_every=0, problems=512, group=16, minibatches=16,
-        max_tokens=10240, reward_weights="accuracy=1.0,overlong=1.0", skip_flat="accuracy",
-        epsilon_high=0.28, temperature_end=None,
-        lr=1e-5, warmup=0.02, weight_decay=0.1, lora_rank=32,
-        micro_tokens=16384, gradient_checkpointing=True, gpu_memory_utilization=0.5),
-}
-# fmt: on
+PRESETS = {"mini": Config()}
+for file in Path(__file__).with_name("presets").glob("*.toml"):
+    PRESETS[file.stem] = Config(**tomllib.loads(file.read_text()))
 
 
-# ---- Rewards: functions of a trace, whether its answer is right, and the flags
+# ---- Rewards and advantages
+
+Groups = list[list[Trace]]  # B problems with G traces each
+REWARDS = ("accuracy", "code", "overlong")
 
 
-def accuracy_reward(trace: Trace, right: bool, config: Config) -> float:
-    return float(right)
+def set_rewards(trace: Trace, right, config) -> None:
+    """Each reward by its name, and the weighted sum of those that count."""
+    ran = any(result.status == "ok" for _, result in trace.calls)
+    # DAPO's soft penalty (eq. 13): 0, then down to -1 over the buffer that ends at max_tokens.
+    buffer_start = config.max_tokens - config.overlong_buffer
+    penalty = -min(1.0, max(0.0, (trace.sampled - buffer_start) / config.overlong_buffer))
+    trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
+    weights = reward_weights(config)
+    trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
 
 
-def code_reward(trace: Trace, right: bool, config: Config) -> float:
-    """1 if a snippet ran without error."""
-    return float(any(result.status == "ok" for _, result in trace.calls))
-
-
-def overlong_reward(trace: Trace, right: bool, config: Config) -> float:
-    """DAPO's soft penalty (eq. 13): 0, then down to -1 over the buffer before max_tokens."""
-    over = trace.sampled - (config.max_tokens - config.overlong_buffer)
-    return -min(1.0, max(0.0, over / config.overlong_buffer))
-
-
-REWARDS = {"accuracy": accuracy_reward, "code": code_reward, "overlong": overlong_reward}
-
-
-def reward_weights(config: Config) -> dict[str, float]:
+def reward_weights(config) -> dict[str, float]:
     """`code=1.0,accuracy=0.1` as a dict. Raises UserError."""
     try:
         pairs = [part.split("=") for part in config.reward_weights.split(",")]
-        return {name: float(weight) for name, weight in pairs if REWARDS[name]}
-    except (ValueError, KeyError):
+        weights = {name: float(weight) for name, weight in pairs}
+    except ValueError:
+        weights = {"": 0.0}
+    if not weights.keys() <= set(REWARDS):
         known = ", ".join(REWARDS)
-        raise UserError(f"--reward-weights: accuracy=1.0,code=0.1, of {known}") from None
+        raise UserError(f"--reward-weights: accuracy=1.0,code=0.1, of {known}")
+    return weights
 
 
-# ---- One step: advantages, logprobs, loss, update, sync
-
-
-def advantages(rewards, scale: str):
+def advantages(rewards, scale):
     """Rewards (B, G) to advantages (B, G); a row of equal rewards gives exactly 0.
 
     >>> import torch
@@ -249,7 +231,7 @@ def advantages(rewards, scale: str):
     """
     flat = rewards.amax(1) == rewards.amin(1)  # (B,)
     centred = rewards - rewards.mean(1, keepdim=True)
-    centred[flat] = 0  # whatever the rounding of the mean
+    centred[flat] = 0  # exactly: the mean of equal numbers may be rounded
     if scale == "group":
         return centred / (rewards.std(1, keepdim=True) + 1e-4)
     if scale == "batch":
@@ -257,161 +239,188 @@ def advantages(rewards, scale: str):
     return centred
 
 
-def set_advantages(groups: list[list[Trace]], config: Config) -> None:
+def set_advantages(groups: Groups, config) -> None:
     """How much better than its own group was each trace?"""
     import torch
 
-    traces = [trace for group in groups for trace in group]
+    def table(name):  # (B, G)
+        rows = [[trace.rewards[name] for trace in group] for group in groups]
+        return torch.tensor(rows, dtype=torch.float64)
 
-    def table(values) -> torch.Tensor:  # of all traces, as (B, G)
-        return torch.tensor(values, dtype=torch.float64).view(len(groups), -1)
-
+    scale = config.scale_rewards
+    weighted = [(weight, table(name)) for name, weight in reward_weights(config).items()]
     if config.reward_aggregation == "sum_then_normalize":
-        result = advantages(table([t.reward for t in traces]), config.scale_rewards)
+        result = advantages(sum(weight * rewards for weight, rewards in weighted), scale)
     else:
-        result = torch.zeros(len(groups), len(groups[0])).double()
-        for name, weight in reward_weights(config).items():
-            rewards = table([t.rewards[name] for t in traces])
-            result += weight * advantages(rewards, config.scale_rewards)
+        result = sum(weight * advantages(rewards, scale) for weight, rewards in weighted)
     if config.skip_flat == "accuracy":
-        right = table([t.rewards["accuracy"] for t in traces])
+        right = table("accuracy")
         result[right.amax(1) == right.amin(1)] = 0
-    for trace, advantage in zip(traces, result.flatten().tolist(), strict=True):
-        trace.advantage = advantage
+
+    for group, row in zip(groups, result.tolist()):
+        for trace, advantage in zip(group, row):
+            trace.advantage = advantage
 
 
-def set_weights(traces: list[Trace], config: Config) -> None:
-    """Weight of one token of each trace (c_t), so that the loss is a plain sum over tokens.
-
-    traces: all of one optimiser step, of all ranks and micro-batches: one global token count, and
-    how the step is cut cannot matter.
-    """
-    N, tokens = len(traces), sum(trace.sampled for trace in traces)
-    for trace in traces:
-        trace.weight = 1 / max(1, tokens)  # dapo: every token counts the same
-        if config.loss_type == "grpo":  # every trace counts the same
-            trace.weight = 1 / (N * max(1, trace.sampled))
-        if config.loss_type == "dr_grpo":  # no length anywhere
-            trace.weight = 1 / (N * config.max_tokens)
+# ---- One step: logprobs, loss, update, sync
 
 
-def token_logprobs(model, traces: list[Trace], temperature: float, prefix=None):
+def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     """log pi(token) of the tokens that the model sampled, all traces one after another: (n,).
 
     prefix: a Prefix that all N prompts begin with, already computed; the result is the same.
     """
     import torch
+    from torch.nn.functional import cross_entropy
     from torch.nn.utils.rnn import pad_sequence
     from torch.utils.checkpoint import checkpoint
 
+    def table(rows):  # lists of ids as (N, P + T), padded on the right with 0
+        rows = [torch.tensor(row) for row in rows]
+        return pad_sequence(rows, batch_first=True).to(model.device)
+
+    # Place t predicts token t + 1. The first P places are in the prefix's cache already.
+    ids = table([trace.prompt_ids + trace.ids for trace in traces])
+    mask = table([[0] * len(trace.prompt_ids) + trace.mask for trace in traces])
     P = prefix.length if prefix else 0
-    ids = [torch.tensor((t.prompt_ids + t.ids)[P:]) for t in traces]
-    ids = pad_sequence(ids, batch_first=True).to(model.device)  # (N, T), padded on the right
-    own = [torch.tensor(([0] * len(t.prompt_ids) + t.mask)[P:]) for t in traces]
-    own = pad_sequence(own, batch_first=True)[:, 1:].bool().to(model.device)  # (N, T-1): sampled?
+    inputs = ids[:, P:-1]  # (N, T-1)
+    targets = ids[:, P + 1 :]
+    sampled = mask[:, P + 1 :] == 1
 
-    # The decoder is the model without its head. No attention mask: attention is causal, so that a
-    # token never sees the padding on its right.
-    decoder, head = model.get_base_model().get_decoder(), model.get_output_embeddings()
+    # The decoder is the model without its head. It needs no attention mask: attention is causal,
+    # so that no token sees the padding on its right.
+    decoder = model.get_base_model().get_decoder()
     cache = prefix.expand(len(traces)) if prefix else None
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
-        output = decoder(input_ids=ids[:, :-1], past_key_values=cache, use_cache=bool(cache))
-    hidden = output.last_hidden_state[own]  # (n, D): place t predicts token t + 1
-    targets = ids[:, 1:][own]  # (n,)
+    device = model.device.type
+    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        output = decoder(input_ids=inputs, past_key_values=cache, use_cache=bool(prefix))
+    hidden = output.last_hidden_state[sampled]  # (n, D)
+    targets = targets[sampled]  # (n,)
 
-    def score(hidden, targets):  # (256, D), (256,): their logits (256, V) are never kept
-        logits = head(hidden).float() / temperature  # as the engine sampled
-        return logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
+    # Logits are large, V numbers for a token. So they are made for 256 tokens at a time, and
+    # `checkpoint` makes them again in the backward pass instead of keeping them.
+    head = model.get_output_embeddings()
 
-    chunks = zip(hidden.split(256), targets.split(256), strict=True)
-    return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in chunks])
+    def score(hidden, targets):  # (256, D), (256,) to (256,)
+        logits = head(hidden).float() / temperature  # (256, V), as the engine sampled
+        return -cross_entropy(logits, targets, reduction="none")
+
+    chunks = zip(hidden.split(256), targets.split(256))
+    return torch.cat([checkpoint(score, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def policy_loss(new, old, vllm, A, c, config: Config):
+def set_weights(traces: list[Trace], config) -> None:
+    """Weight of one token of each trace (c_t), so that the loss is a plain sum over tokens.
+
+    traces: all of one optimiser step, of all ranks and micro-batches: one global token count, and
+    how the step is cut cannot matter.
+    """
+    N = len(traces)
+    tokens = sum(trace.sampled for trace in traces)
+    for trace in traces:
+        divisor = tokens  # dapo: every token counts the same
+        if config.loss_type == "grpo":  # every trace counts the same
+            divisor = N * trace.sampled
+        if config.loss_type == "dr_grpo":  # no length anywhere
+            divisor = N * config.max_tokens
+        trace.weight = 1 / max(1, divisor)
+
+
+def policy_loss(new, old, vllm, A, c, config):
     """Per-token loss (n,), to be summed, and where the clip acts (n,). All inputs are (n,).
 
-    new: logprobs with a gradient; old: the trainer's before the first optimiser step; vllm: the
-    engine's while it sampled; A: advantages; c: weights.
+    new, old, vllm: logprobs, of which only new has a gradient; A: advantages; c: weights.
     """
     ratio = (new - old).exp()
-    clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high)
-    objective = (ratio * A).minimum(clipped * A)
-    if config.tis_cap:
-        objective = objective * (old - vllm).exp().clamp(max=config.tis_cap)
-    return -c * objective, clipped * A < ratio * A
+    clipped = ratio.clamp(1 - config.epsilon_low, 1 + config.epsilon_high) * A
+    free = ratio * A
+    w = (old - vllm).exp().clamp(max=config.tis_cap) if config.tis_cap else 1.0
+    return -c * w * free.minimum(clipped), clipped < free
 
 
-def update(model, optimizer, groups: list[list[Trace]], temperature: float, config: Config, team):
-    """The optimiser steps of one rollout: B groups of G traces, with their advantages set.
+def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
+    """The optimiser steps of one rollout, whose advantages are set.
 
     Every rank knows all traces, computes its share of them, and the gradients are added up. Returns
     what to log, {} where there was no gradient.
     """
     import torch
 
-    # One optimiser step for each of the minibatches, whose traces are cut into micro-batches.
-    plan: list[list[list[Trace]]] = []
+    # First cut the rollout: into minibatches, an optimiser step for each, and the rank's share of a
+    # minibatch into micro-batches, which fit into memory.
+    steps = []  # of micro-batches of traces
     size = math.ceil(len(groups) / config.minibatches)
     for start in range(0, len(groups), size):
-        traces = [trace for group in groups[start : start + size] for trace in group]
+        traces = sum(groups[start : start + size], [])
         set_weights(traces, config)
         useful = [trace for trace in traces if trace.advantage or config.kl_beta]
+        useful.sort(key=lambda trace: len(trace.prompt_ids) + len(trace.ids))
+        mine = useful[team.rank :: team.size]
         if useful:
-            useful.sort(key=lambda trace: len(trace.prompt_ids) + len(trace.ids))
-            mine = useful[team.rank :: team.size]
-            plan.append(micro_batches(mine, config.micro_tokens))
+            steps.append(micro_batches(mine, config.micro_tokens))
 
-    # Logprobs that stay as they are during the update: pi_old, and the base model's.
-    olds, bases = {}, {}
-    with torch.no_grad():
-        for batch in [batch for batches in plan for batch in batches]:
-            if config.minibatches * config.epochs > 1:
+    # pi_old is the policy before the first of these steps. If there is only one, it is pi itself.
+    olds = {}
+    if config.minibatches * config.epochs > 1:
+        for batch in sum(steps, []):
+            with torch.no_grad():
                 olds[id(batch)] = token_logprobs(model, batch, temperature)
-            if config.kl_beta:
-                with model.disable_adapter():
-                    bases[id(batch)] = token_logprobs(model, batch, temperature)
 
     parameters = [p for p in model.parameters() if p.requires_grad]
-    sums, norms = torch.zeros(6).double(), []
-    for batches in plan * config.epochs:
+    sums = Counter()  # over sampled tokens
+    norms = []  # of each step's gradient
+    for batches in steps * config.epochs:
         for p in parameters:
             p.grad = torch.zeros_like(p)
         prompts = [trace.prompt_ids for batch in batches for trace in batch]
         with shared_prefix(model, prompts) as prefix:  # `prefix = None` is the same, slower
             for batch in batches:
+                vllm, A, c = per_token(batch).to(model.device).unbind(1)  # (n,) each
                 new = token_logprobs(model, batch, temperature, prefix)  # (n,), with a gradient
-                old = olds.get(id(batch), new.detach())  # on the first update pi_old is pi itself
-                vllm, A, c = per_token(batch).to(new).unbind(1)  # (n,) each
-                loss, acts = policy_loss(new, old, vllm, A, c, config)
+                old = olds.get(id(batch), new.detach())
+                loss, clip_acts = policy_loss(new, old, vllm, A, c, config)
                 kl = torch.zeros_like(new)
                 if config.kl_beta:
-                    q = bases[id(batch)] - new  # log (pi_base / pi)
-                    kl = q.exp() - q - 1
+                    with torch.no_grad(), model.disable_adapter():
+                        base = token_logprobs(model, batch, temperature)
+                    log_q = base - new
+                    kl = log_q.exp() - log_q - 1
                     loss = loss + config.kl_beta * c * kl
                 loss.sum().backward()
 
-                parts = [torch.ones_like(new), loss, -old, (old - vllm).abs(), acts, kl]
-                sums += torch.stack(parts).detach().double().sum(1).cpu()
-                for trace, part in zip(batch, old.split([t.sampled for t in batch]), strict=True):
-                    trace.old_logprobs = trace.old_logprobs or part.tolist()
+                measures = {
+                    "tokens": torch.ones_like(new),
+                    "loss": loss,
+                    "entropy": -old,
+                    "logprob_gap": (old - vllm).abs(),
+                    "clip_fraction": clip_acts,
+                    "kl": kl,
+                }
+                for name, values in measures.items():
+                    sums[name] += values.double().sum().item()
+                lengths = [trace.sampled for trace in batch]
+                for trace, part in zip(batch, old.split(lengths)):
+                    trace.old_logprobs = part.tolist()  # for groups.jsonl
 
+        # Then add up the ranks' gradients, so that all of them take the same step.
         for p in parameters:
-            team.add(p.grad)  # now every rank has the sum, and takes the same step
+            team.add(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         if norm.isfinite():
             optimizer.step()
         norms.append(norm.item())
 
-    team.add(sums)
-    tokens, loss, *rest = sums.tolist()
-    if not tokens:
+    totals = Counter()
+    for sums_of_rank in team.gather(sums):
+        totals.update(sums_of_rank)
+    if not totals["tokens"]:
         return {}
-    names = ("entropy", "logprob_gap", "clip_fraction", "kl")
-    means = {name: total / tokens for name, total in zip(names, rest, strict=True)}
-    return {"loss": loss / len(norms), "grad_norm": sum(norms) / len(norms), **means}
+    tokens, loss = totals.pop("tokens"), totals.pop("loss")
+    means = {name: total / tokens for name, total in totals.items()}
+    return {"loss": loss / len(norms), "grad_norm": fmean(norms), **means}
 
 
-def sync(agent: Agent, model, folder: Path, step: int) -> None:
+def sync(agent, model, folder, step) -> None:
     """The trainer's adapter into the engine, under a new name and id: the old ones are cached."""
     import torch
     from vllm.lora.request import LoRARequest
@@ -419,24 +428,24 @@ def sync(agent: Agent, model, folder: Path, step: int) -> None:
     save_adapter(model, folder, getattr(torch, compute_dtype()))
     if agent.lora:
         agent.engine.remove_lora(agent.lora.lora_int_id)
-    agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder))
+    agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder))  # it has begun with number 1
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()  # its keys and values are the old adapter's
 
 
-# ---- The schedule
+# ---- Schedules and rollouts
 
 
-def temperature_at(step: int, config: Config) -> float:
-    """Temperature of step 0, 1, ...: linear from start to end, then constant."""
+def temperature_at(step, config) -> float:
+    """Sampling temperature: linear from start to end, then constant."""
     if config.temperature_end is None:
         return config.temperature
     done = min(1.0, step / max(1, config.temperature_steps - 1))
     return config.temperature + (config.temperature_end - config.temperature) * done
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """Learning rate of step 0, 1, ...: linear warm-up, then constant or half a cosine to 0."""
+def learning_rate(step, config) -> float:
+    """Linear warm-up, then constant or half a cosine down to 0."""
     warm = round(config.warmup * config.steps)
     if step < warm:
         return config.lr * (step + 1) / warm
@@ -446,112 +455,97 @@ def learning_rate(step: int, config: Config) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def batches(problems: list[Problem], B: int, seed: int, skip: int) -> Iterator[list[Problem]]:
-    """B problems for each step from step `skip` on: one shuffled pass after another, for ever."""
-    laps = (random.Random(f"{seed}/{lap}").sample(problems, len(problems)) for lap in count())
-    stream = islice(chain.from_iterable(laps), skip * B, None)
-    while True:
-        yield list(islice(stream, B))
+def problems_at(step, problems: list[Problem], config) -> list[Problem]:
+    """The next B problems of an endless stream: one shuffled pass over all after another."""
+    lap, start = divmod(step * config.problems, len(problems))
+    stream = []
+    for number in (lap, lap + 1):  # B problems reach into the next pass at most
+        order = random.Random(f"{config.seed}/{number}")
+        stream += order.sample(problems, len(problems))
+    return stream[start : start + config.problems]
 
 
-# ---- Rolling out
-
-
-def roll_out(agent, grader, problems, n, config: Config, team) -> list[list[Trace]]:
+def roll_out(agent, grader, problems, n, config, team) -> Groups:
     """n traces of each problem, with their rewards: groups in the order of the problems.
 
     Each rank samples its share; then all of them know all traces.
     """
-    weights = reward_weights(config)
-    mine = list(enumerate(problems))[team.rank :: team.size]
     # Sample numbers go on over the problems, so that one that was drawn twice has other traces.
+    mine = list(enumerate(problems))[team.rank :: team.size]
     jobs = [(problem, b * n + i) for i in range(n) for b, problem in mine]
-    pending = []
-    for trace in agent.rollout(jobs):  # answers are compared while other traces still decode
-        pending.append((trace, grader.submit(trace.problem.answer, trace.answer)))
-    for trace, verdict in pending:
-        right = verdict.result().equal
-        trace.rewards = {name: f(trace, right, config) for name, f in REWARDS.items()}
-        trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
-    traces = [trace for part in team.gather([trace for trace, _ in pending]) for trace in part]
+    traces, verdicts = [], []
+    for trace in agent.rollout(jobs):
+        traces.append(trace)
+        # Other processes compare the answers while other traces still decode.
+        verdicts.append(grader.submit(trace.problem.answer, trace.answer))
+    for trace, verdict in zip(traces, verdicts):
+        set_rewards(trace, verdict.result().equal, config)
+    traces = sum(team.gather(traces), [])
     traces.sort(key=lambda trace: trace.sample)
     return [traces[i : i + n] for i in range(0, len(traces), n)]
 
 
-def evaluate_policy(agent, grader, problems, config: Config, team) -> dict:
-    """Accuracy on held-out problems, sampled as evaluate.py samples, with its 95 % interval."""
-    training = agent.flags
-    usual = AgentFlags(max_tokens=training.max_tokens)
-    agent.flags = replace(usual, agent=training.agent, end_at=training.end_at)
+def evaluate_policy(agent, grader, problems, config, team) -> dict:
+    """Accuracy on held-out problems with its 95 % interval, sampled as evaluate.py samples."""
+    flags = agent.flags
+    agent.flags = AgentFlags(agent=flags.agent, end_at=flags.end_at, max_tokens=flags.max_tokens)
     groups = roll_out(agent, grader, problems, config.eval_n, config, team)
-    agent.flags = training
-    shares = [sum(t.rewards["accuracy"] for t in group) / len(group) for group in groups]
+    agent.flags = flags
+    shares = [fmean(trace.rewards["accuracy"] for trace in group) for group in groups]
     low, high = interval(shares)
-    return {"eval": sum(shares) / len(shares), "eval_low": low, "eval_high": high}
-
-
-def group_row(step: int, group: list[Trace], tokenizer) -> dict:
-    """One group of a step, token by token, for extras/report.py."""
-    keep = "mask logprobs old_logprobs rewards reward advantage weight answer finish".split()
-    traces = [{name: getattr(trace, name) for name in keep} for trace in group]
-    for row, trace in zip(traces, group, strict=True):
-        row["tokens"] = [tokenizer.decode([token]) for token in trace.ids]
-    problem = group[0].problem
-    return {"step": step, "question": problem.question, "gold": problem.answer, "traces": traces}
+    return {"eval": fmean(shares), "eval_low": low, "eval_high": high}
 
 
 # ---- The training loop
 
 
-def train(config: Config, problems: list[Problem], held_out: list[Problem], team, stack) -> int:
+def train(config, problems: list[Problem], held_out: list[Problem], team, stack) -> int:
     """Roll out, update, sync, log, save, again and again. Returns the exit code."""
-    out, first = Path(config.out), team.rank == 0
-    G, B = config.group, config.problems
-    print_ = print if first else (lambda *_, **__: None)
-
     # ---- the trainer's model, as the checkpoint has it if there is one
     import torch
     from peft import set_peft_model_state_dict
 
-    state = load_checkpoint(out)
-    step, best, best_step = (state.get(name, 0) for name in ("step", "best", "best_step"))
+    out = Path(config.out)
+    first = team.rank == 0  # the rank that writes files
     model_folder, adapter = resolve_model(config.model, config.lora)
-    print_(f"loading {model_folder}", flush=True)
+    print(f"loading {model_folder}", flush=True)
     model = load_trainer(config, model_folder, adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    if state:
-        set_peft_model_state_dict(model, state["adapter"])
-        optimizer.load_state_dict(state["optimizer"])
+    state = {"step": 0, "best": 0.0, "best_step": 0}
+    if saved := load_checkpoint(out):
+        set_peft_model_state_dict(model, saved["adapter"])
+        optimizer.load_state_dict(saved["optimizer"])
+        state = {name: saved[name] for name in state}
+    step = state["step"]
 
     # ---- the engine, which gets the trainer's adapter through a folder of its own
     live = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
     save_adapter(model, live)
-    serving = replace(config, lora=str(live))
-    longest = sorted([*problems, *held_out], key=lambda p: -len(p.question))[:64]
-    traces = max(B * G, len(held_out) * config.eval_n) // team.size + 1
-    agent = stack.enter_context(open_agent(serving, longest, traces, config.sleep and has_cuda()))
+    flags = replace(config, lora=str(live))
+    traces = max(config.problems * config.group, len(held_out) * config.eval_n)
+    # It plans its context for the longest prompt, which is one of the 64 longest questions.
+    questions = sorted(problems + held_out, key=lambda problem: len(problem.question))[-64:]
+    sleeps = config.sleep and has_cuda()
+    agent = stack.enter_context(open_agent(flags, questions, traces // team.size + 1, sleeps))
     grader = stack.enter_context(Grader())
     sync(agent, model, live, step)
     if config.wandb and first:
         import wandb
 
         wandb.init(project="deepmath", name=out.name, config=asdict(config))
-    stop = stop_on_ctrl_c()
-    stream = batches(problems, B, config.seed, skip=step)
+    stop = stop_on_ctrl_c()  # a list, empty until then
 
     while True:
         # ---- evaluate: before the first step, after every --eval-every and after the last
-        due = config.eval_every and (step % config.eval_every == 0 or step == config.steps)
-        if held_out and due:
+        if held_out and (step % config.eval_every == 0 or step == config.steps):
             score = evaluate_policy(agent, grader, held_out, config, team)
-            print_(f"step {step:3d}  held out: {score['eval']:.3f}  ({len(held_out)} problems)")
-            if score["eval"] > best or step == 0:
-                best, best_step = score["eval"], step
-                if first:
-                    save_adapter(model, out / "adapter", torch.bfloat16)
+            print(f"step {step:3d}  held out: {score['eval']:.3f}  ({len(held_out)} problems)")
             if first:
                 write_log(out / "eval.jsonl", {"step": step, **score})
+            if first and (score["eval"] > state["best"] or step == 0):
+                state.update(best=score["eval"], best_step=step)
+                save_adapter(model, out / "adapter", torch.bfloat16)
         if step == config.steps or any(team.gather(bool(stop))):  # all ranks stop, or none
             break
 
@@ -560,7 +554,8 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], team
         temperature = temperature_at(step, config)
         seed = trace_seed(config.seed, "step", step)
         agent.flags = replace(agent.flags, temperature=temperature, seed=seed)
-        groups = roll_out(agent, grader, next(stream), G, config, team)
+        batch = problems_at(step, problems, config)
+        groups = roll_out(agent, grader, batch, config.group, config, team)
         rolled_out = time.monotonic()
 
         # ---- update
@@ -568,22 +563,17 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], team
         lr = learning_rate(step, config)
         for setting in optimizer.param_groups:
             setting["lr"] = lr
-        learns = config.kl_beta or any(trace.advantage for group in groups for trace in group)
-        sleeps = config.sleep and has_cuda() and learns
-        if sleeps:
+        learns = config.kl_beta or any(teaches(group) for group in groups)
+        if sleeps and learns:
             agent.engine.sleep(1)
-        try:
-            stats = update(model, optimizer, groups, temperature, config, team)
-        except torch.OutOfMemoryError:
-            less = f"a smaller --micro-tokens than {config.micro_tokens}, or --sleep"
-            raise UserError(f"out of GPU memory in the update: --resume with {less}") from None
-        if sleeps:
+        stats = update(model, optimizer, groups, temperature, config, team)
+        if sleeps and learns:
             torch.cuda.empty_cache()
             agent.engine.wake_up()
 
         # ---- sync
         step += 1
-        if stats:
+        if stats:  # else the adapter is what it was
             sync(agent, model, live, step)
 
         # ---- log and save
@@ -592,49 +582,59 @@ def train(config: Config, problems: list[Problem], held_out: list[Problem], team
         row = {"step": step, **averages(groups), **stats, "temperature": temperature, "lr": lr}
         row["seconds_rollout"] = rolled_out - started
         row["seconds_update"] = time.monotonic() - rolled_out
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        row["memory_gib"] = (torch.cuda.max_memory_reserved() if has_cuda() else peak) / 2**30
         write_log(out / "metrics.jsonl", row)
-        shown = max(groups, key=lambda group: any(trace.advantage for trace in group))
-        write_log(out / "groups.jsonl", group_row(step, shown, agent.tokenizer))
+        write_log(out / "groups.jsonl", group_row(step, groups, agent.tokenizer))
         report_step(row, config.steps)
         if config.wandb:
             wandb.log(row, step=step)
         if step % config.save_every == 0 or step == config.steps or stop:
-            state = {"step": step, "best": best, "best_step": best_step}
-            save_checkpoint(out, model, optimizer, state)
+            save_checkpoint(out, model, optimizer, state | {"step": step})
 
     # ---- the end
     if step < config.steps:
-        print_(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
+        print(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
         return 130
-    if first and not (held_out and config.eval_every):
-        save_adapter(model, out / "adapter", torch.bfloat16)
+    if held_out:
+        print(f"the best on held-out problems: {state['best']:.3f} after step {state['best_step']}")
     elif first:
-        print(f"the best of {len(held_out)} held-out problems: {best:.3f} after step {best_step}")
-    print_(f"try it: python agent.py --model {config.model} --lora {out / 'adapter'}")
+        save_adapter(model, out / "adapter", torch.bfloat16)
+    print(f"try it: python agent.py --model {config.model} --lora {out / 'adapter'}")
     return 0
 
 
-def averages(groups: list[list[Trace]]) -> dict:
+def averages(groups: Groups) -> dict:
     """Means over all traces of a step, those that the update leaves out too."""
-    traces = [trace for group in groups for trace in group]
-
-    def mean(values) -> float:
-        return sum(values) / len(traces)
-
+    traces = sum(groups, [])
     return {
-        "reward": mean(t.reward for t in traces),
-        "accuracy": mean(t.rewards["accuracy"] for t in traces),
-        "code": mean(t.rewards["code"] for t in traces),
-        "length": mean(t.sampled for t in traces),
-        "length_total": mean(len(t.ids) for t in traces),
-        "truncated": mean(t.finish in CUT for t in traces),
-        "flat_groups": sum(not any(t.advantage for t in group) for group in groups),
+        "reward": fmean(trace.reward for trace in traces),
+        "accuracy": fmean(trace.rewards["accuracy"] for trace in traces),
+        "code": fmean(trace.rewards["code"] for trace in traces),
+        "length": fmean(trace.sampled for trace in traces),
+        "length_total": fmean(len(trace.ids) for trace in traces),
+        "truncated": fmean(trace.finish in CUT for trace in traces),
+        "flat_groups": sum(not teaches(group) for group in groups),
     }
 
 
-def report_step(row: dict, steps: int) -> None:
+def teaches(group: list[Trace]) -> bool:
+    """Whether some of its traces were better than others."""
+    return any(trace.advantage for trace in group)
+
+
+def group_row(step, groups: Groups, tokenizer) -> dict:
+    """One group of a step that teaches something, token by token, for extras/report.py."""
+    logged = "mask logprobs old_logprobs rewards reward advantage weight answer finish".split()
+    group = max(groups, key=teaches)
+    rows = []
+    for trace in group:
+        row = {name: getattr(trace, name) for name in logged}
+        row["tokens"] = [tokenizer.decode([token]) for token in trace.ids]
+        rows.append(row)
+    problem = group[0].problem
+    return {"step": step, "question": problem.question, "gold": problem.answer, "traces": rows}
+
+
+def report_step(row, steps) -> None:
     """Print a step in a line, and what is wrong with it in a second one."""
     shown = ("reward", "accuracy", "code", "length", "truncated", "temperature", "logprob_gap")
     values = [f"{name} {row[name]:.3g}" for name in shown if name in row]
@@ -654,79 +654,76 @@ def report_step(row: dict, steps: int) -> None:
 FREE = """steps save_every eval_every wandb verbose batch gpu_memory_utilization micro_tokens
 gradient_checkpointing sleep sandbox out resume merge""".split()  # may change with --resume
 
+RANGES = {  # of the flags that only training has
+    "steps save_every eval_problems eval_n problems temperature_steps": (1, math.inf),
+    "overlong_buffer minibatches epochs lora_rank micro_tokens": (1, math.inf),
+    "group": (2, math.inf),
+    "eval_every kl_beta tis_cap weight_decay epsilon_high": (0, math.inf),
+    "warmup epsilon_low": (0, 1),
+    "lr lora_alpha max_grad_norm": (1e-12, math.inf),
+    "temperature temperature_end": (0.01, 2),
+}
+
 
 def read_config() -> Config:
     """The flags over the preset's values, or over those that the run was started with."""
-    start, _ = parse(Start, return_unknown_args=True, add_help=False)
-    if not start.resume:
-        return parse(Config, default=PRESETS[start.preset])
+    given, _ = parse(Config, return_unknown_args=True, add_help=False)
+    if not given.resume:
+        return parse(Config, default=PRESETS[given.preset])
     try:
-        saved = json.loads((Path(start.out) / "config.json").read_text())["flags"]
-        before = Config(**{**saved, "where": tuple(saved["where"])})
+        saved = json.loads(Path(given.out, "config.json").read_text())["flags"]
+        saved["where"] = tuple(saved["where"])
+        before = Config(**saved)
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--resume: no run in {start.out}: leave it away to start one") from None
+        raise UserError(f"--resume: no run in {given.out}: leave it away to start one") from None
     config = parse(Config, default=before)
-    for field in fields(Config):
-        old, new = getattr(before, field.name), getattr(config, field.name)
-        if old != new and field.name not in FREE:
-            flag = field.name.replace("_", "-")
-            raise UserError(f"--resume goes on with the run's own flags; --{flag} was {old}")
+    for name, value in saved.items():
+        if name not in FREE and getattr(config, name) != value:
+            flag = name.replace("_", "-")
+            raise UserError(f"--resume goes on with the run's own flags; --{flag} was {value}")
     return config
 
 
-def check_config(config: Config) -> None:
+def check_config(config) -> None:
     """Refuse in one line what cannot work."""
     if (config.top_p, config.top_k) != (1, 0):
         raise UserError("training needs --top-p 1 --top-k 0: a cut distribution biases the loss")
     if config.tensor_parallel > 1:
         raise UserError("the model must fit one GPU beside its engine: use torchrun for more")
-    one = "steps save_every problems minibatches epochs temperature_steps lora_rank micro_tokens"
-    check_range(config, 1, math.inf, *one.split(), "eval_problems", "eval_n", "overlong_buffer")
-    check_range(config, 2, math.inf, "group")
-    check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "weight_decay")
-    check_range(config, 0, 1, "warmup", "epsilon_low")
-    check_range(config, 0, math.inf, "epsilon_high")
-    check_range(config, 1e-12, math.inf, "lr", "lora_alpha", "max_grad_norm")
-    check_range(config, 0.01, 2, "temperature", "temperature_end")
+    for names, bounds in RANGES.items():
+        check_range(config, *bounds, *names.split())
     reward_weights(config)
     check_flags(config)  # draws a seed for -1
 
 
-def load_sets(config: Config, ranks: int) -> tuple[list[Problem], list[Problem]]:
+def load_sets(config, ranks) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems). Raises UserError where there are too few."""
     if config.dataset == "arithmetic" and config.split is None:
         config.split = "train"
-    held_out = config.eval_problems if config.eval_every else 0
     problems = load_problems(config)
-    if config.eval_dataset and held_out:
-        flags = replace(config, dataset=config.eval_dataset, split=None, limit=held_out)
-        evaluation = load_problems(flags)
+    size = config.eval_problems if config.eval_every else 0
+    if config.eval_dataset and size:
+        flags = replace(config, dataset=config.eval_dataset, split=None, limit=size)
+        held_out = load_problems(flags)
     else:
         random.Random(f"{config.seed}/held out").shuffle(problems)
-        evaluation, problems = problems[:held_out], problems[held_out:]
+        held_out, problems = problems[:size], problems[size:]
     if len(problems) < config.problems or config.problems < ranks:
-        there = f"{len(problems)} problems to train on, {ranks} ranks"
-        raise UserError(f"--problems {config.problems}: {there}; each rank needs one at least")
-    return problems, evaluation
+        raise UserError(f"--problems {config.problems} of {len(problems)}, for {ranks} ranks")
+    return problems, held_out
 
 
-def open_folder(config: Config, stack) -> None:
-    """Make or reopen OUT, and lock it until the process ends."""
+def open_folder(config) -> None:
+    """Make OUT and write down the flags, or see that it is there to go on with."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = stack.enter_context((out / ".lock").open("w"))
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"another grpo.py is writing into {out}: wait, or another --out") from None
     if config.resume:
         return
-    if len(list(out.iterdir())) > 1:
+    if any(out.iterdir()):
         raise UserError(f"{out} is not empty: add --resume to go on with its run, or another --out")
     flags = asdict(config) | {"resume": False, "merge": None}
     started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    text = json.dumps({"flags": flags, "started": started}, indent=1)
-    (out / "config.json").write_text(text + "\n")
+    (out / "config.json").write_text(json.dumps({"flags": flags, "started": started}, indent=1))
 
 
 def main() -> int:
@@ -741,7 +738,9 @@ def main() -> int:
     with contextlib.ExitStack() as stack:
         team = Team(rank, ranks)
         if rank == 0:
-            open_folder(config, stack)
+            open_folder(config)
+        else:
+            sys.stdout = open(os.devnull, "w")  # one voice is enough
         config = team.gather(config)[0]  # with rank 0's seed; what it refuses, nobody begins
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: the trainer needs room, too
         prepare_environment(config.verbose)

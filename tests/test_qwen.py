@@ -16,6 +16,7 @@ import test_grpo
 from test_grpo import ScriptedAgent, rows, run, tiny_model, usual
 
 import agent
+import cli
 import engine
 import grpo
 from cli import AgentFlags, UserError
@@ -227,15 +228,18 @@ def test_the_adapter_travels_outside_the_run_in_the_engines_type(
     assert not any(Path(path).exists() for path in card)
 
 
-def test_out_of_gpu_memory_names_the_remedy(card, tiny_folder, tmp_path, monkeypatch):
+def test_out_of_gpu_memory_names_the_remedy(card, tiny_folder, tmp_path, monkeypatch, capsys):
     import torch
 
     def update(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(grpo, "update", update)
-    with pytest.raises(UserError, match="--micro-tokens than 2048"):
-        run(tmp_path / "run", *usual(tiny_folder, "--eval-every", "0"))
+    flags = usual(tiny_folder, "--eval-every", "0")
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(lambda: run(tmp_path / "run", *flags))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "out of GPU memory" in said and "--micro-tokens" in said
 
 
 # ---- The published prompt

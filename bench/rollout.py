@@ -1,0 +1,127 @@
+"""The same problems through three loops: one engine, one prompt, one budget, one sandbox, one run.
+
+    ours             agent.py's rollout: a trace whose snippet runs leaves the batch, others go on
+    in rounds        all traces decode to their next call, then all snippets run, and again
+    one at a time    the engine waits for every snippet, as in the published code
+
+    python bench/rollout.py [--problems 64]
+
+All three are agent.py's loop: in rounds its sandbox starts nothing while a trace decodes, and one
+at a time it is given one job after another. One snippet in eight is slow. It `waits` for 2 s, as
+one on a core that the engine does not need, or it `computes` for about as long, and then it takes a
+core away from an engine on the CPU. Its text decides, so that the same ones are slow for all. The
+answers must be the same but for rounding, which depends on the batch.
+"""
+
+import time
+import zlib
+from dataclasses import dataclass
+
+from common import machine, print_head, print_row  # first
+
+from agent import open_agent
+from cli import AgentFlags, DataFlags, UserError, parse, run_main
+from data import load_problems
+
+SLOW = {
+    "none": "",
+    "wait": "import statistics\nstatistics.sys.modules['time'].sleep(2)\n",
+    "compute": "sum(range(150_000_000))\n",
+}
+
+
+@dataclass(kw_only=True)
+class Flags(AgentFlags):
+    """The same problems through three loops."""
+
+    problems: int = 64
+    """Problems of the built-in test set, one trace each."""
+    max_tokens: int | None = 256
+
+
+class Box:
+    """The sandbox with some snippets slowed; `rounds`: none starts while the engine has work."""
+
+    def __init__(self, inner, slow: str, rounds: bool):
+        self.inner = inner
+        self.slow = SLOW[slow]
+        self.rounds = rounds
+        self.held = []  # snippets of this round, as calls without arguments
+
+    def session(self):
+        session = self.inner.session()
+        submit = session.submit
+
+        def submit_slowed(code: str, timeout: float) -> None:
+            if zlib.crc32(code.encode()) % 8 == 0:
+                code = self.slow + code
+            self.held.append(lambda: submit(code, timeout))
+            if not self.rounds:
+                self.held.pop()()
+
+        session.submit = submit_slowed
+        return session
+
+    def poll(self, patience: float) -> list:
+        if not self.rounds:
+            return self.inner.poll(patience)
+        if not patience:  # other traces still decode
+            return []
+        held, self.held = self.held, []
+        for start in held:
+            start()
+        results = []
+        while len(results) < len(held):
+            results += self.inner.poll(1)
+        return results
+
+
+def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float]:
+    """(traces in the order of the jobs, seconds) of one loop."""
+    agent.engine.reset_prefix_cache()
+    list(agent.rollout(jobs[-1:]))  # not timed: now the examples are in the cache for everybody
+    inner = agent.box
+    agent.box = Box(inner, slow, rounds=way == "in rounds")
+    parts = [jobs]
+    if way == "one at a time":
+        parts = [[job] for job in jobs]
+    started = time.perf_counter()
+    traces = [trace for part in parts for trace in agent.rollout(part)]
+    seconds = time.perf_counter() - started
+    agent.box = inner
+    return sorted(traces, key=lambda trace: trace.sample), seconds
+
+
+def report(way: str, slow: str, run: tuple, base: tuple) -> None:
+    """The row of one run of `measure`; `base` is ours with the same slow snippets."""
+    traces, seconds = run
+    tokens = sum(trace.sampled for trace in traces)
+    right = sum(trace.answer == trace.problem.answer for trace in traces)
+    same = sum(mine.answer == other.answer for mine, other in zip(traces, base[0]))
+    name = f"{way}, slow ones: {slow}"
+    print_row(name, tokens / seconds, seconds, right, same, seconds / base[1])
+    if same < 0.9 * len(traces):
+        raise UserError(f"{way} gives {len(traces) - same} other answers: not the same work")
+
+
+def main() -> None:
+    flags = parse(Flags)
+    problems = load_problems(DataFlags(limit=flags.problems))
+    jobs = [(problem, i) for i, problem in enumerate(problems)]
+    with open_agent(flags, problems, len(jobs)) as agent:
+        measure(agent, jobs[:8], "ours", "none")  # warms up what is used for the first time
+        print(machine())
+        titles = "tokens/s", "seconds", "right", "answers as ours"
+        print_head(f"{len(jobs)} problems", *titles, "its time / ours")
+        for slow in SLOW:
+            base = measure(agent, jobs, "ours", slow)
+            report("ours", slow, base, base)
+            ways = ["in rounds"]
+            if slow == "none":
+                ways.append("one at a time")
+            for way in ways:
+                report(way, slow, measure(agent, jobs, way, slow), base)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,255 @@
+"""One snippet as a model wrote it: what it meant, what it gives, and what to tell the model.
+
+This runs in a session of sandbox.py, whose walls hold whatever happens here. Three steps: `parse`
+takes off what models put around code; `run` shows what was printed and the last value, as a REPL
+does; `explain` makes one line of an error, short enough for a model's context.
+"""
+
+import ast
+import builtins
+import contextlib
+import importlib
+import os
+import pkgutil
+import re
+import sys
+import textwrap
+import traceback
+
+# ---- What a snippet may import
+
+ALLOWED = """
+    math cmath random statistics fractions decimal numbers itertools functools collections operator
+    numpy scipy sympy mpmath networkx
+    string re datetime time calendar dataclasses typing types enum abc copy heapq bisect array queue
+    contextlib sys io json csv pprint textwrap warnings logging traceback timeit __future__ inspect
+    hashlib base64 binascii zlib struct unicodedata difflib graphlib locale weakref gc ast keyword
+    _strptime _pydecimal stringprep linecache
+""".split()
+SCIPY = """
+    scipy.cluster scipy.constants scipy.differentiate scipy.fft scipy.integrate scipy.interpolate
+    scipy.linalg scipy.ndimage scipy.optimize scipy.signal scipy.sparse.linalg scipy.sparse.csgraph
+    scipy.spatial.distance scipy.special scipy.stats.qmc scipy.stats.mstats
+""".split()  # its parts load lazily
+PLOTTING = "matplotlib mpl_toolkits seaborn pylab".split()
+
+
+class Refused(ImportError):
+    """An import that is not on the list. A snippet that does not catch it ends as `blocked`."""
+
+
+class NoDisplay:
+    """Stands for matplotlib and all that is in it: takes any use; show() says what is missing."""
+
+    def __init__(self, name: str):
+        self._name = name
+
+    def __getattr__(self, name):
+        return NoDisplay(name)
+
+    def __call__(self, *_, **__):
+        if self._name in ("show", "savefig"):
+            print("(there is no display: nothing is drawn; print numbers instead)")
+        return self
+
+    def __iter__(self):  # figure, axes = plt.subplots()
+        return iter((self, self))
+
+    __getitem__ = __setitem__ = __call__
+
+
+def guarded_import(name, globals=None, locals=None, fromlist=(), level=0):
+    top = name.split(".")[0]
+    if top in PLOTTING:
+        return NoDisplay(top)
+    if level or top not in ALLOWED:
+        most = "numpy, scipy, sympy, math and most of the standard library are"
+        raise Refused(f"no module {'.' * level}{name} here; {most}")
+    return __import__(name, globals, locals, fromlist, level)
+
+
+def refuse(*_, **__):
+    raise PermissionError("snippets have no files, no input and no debugger")
+
+
+def new_namespace(guarded: bool) -> dict:
+    """The globals in which all snippets of a trace run."""
+    inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
+    if guarded:
+        inside |= dict.fromkeys(("open", "input", "breakpoint"), refuse)
+        inside["__import__"] = guarded_import
+    return {"__name__": "__main__", "__builtins__": inside}
+
+
+WARM_UP = """
+import gc, os, random, sys, warnings
+import numpy, scipy.integrate, sympy
+
+sys.set_int_max_str_digits(200_000)
+sys.setrecursionlimit(10_000)  # with 64 MB of stack
+numpy.set_printoptions(legacy="1.25")  # [1.0], not [np.float64(1.0)]
+numpy.random.bit_generator.randbits = random.getrandbits  # default_rng() repeats itself too
+x = sympy.symbols("x")
+sympy.solve(x**2 - 3 * x + 2, x)
+sympy.integrate(x * sympy.sin(x), x)
+sympy.factorint(1001)
+sympy.simplify(sympy.sin(x) ** 2)
+numpy.linalg.eigvals(numpy.eye(3))
+scipy.integrate.quad(lambda t: t, 0, 1)
+warnings.resetwarnings()
+for kind in "Deprecation PendingDeprecation Syntax Import Resource".split():
+    warnings.simplefilter("ignore", eval(kind + "Warning"))
+warnings.formatwarning = lambda message, kind, *rest: f"{kind.__name__}: {message}\\n"
+os.environ.clear()
+gc.collect()
+gc.freeze()  # the collector leaves these pages shared
+"""
+
+
+def preload() -> None:
+    """Import all that a snippet may import, now or lazily: afterwards no file can be opened."""
+    absent = (
+        "torch tensorflow jax cupy numba llvmlite matplotlib pandas aesara pyglet IPython".split()
+    )
+    sys.modules.update(dict.fromkeys(absent))  # None: sympy's printers import these if they can
+    skip = re.compile(
+        "test|bench|pyglet|llvm|f2py|distutils|__main__|sympy.this|_docs?$|parsing.latex|mbcs|oem"
+    )
+    for name in ("sympy", "mpmath", "numpy", "encodings"):
+        path = importlib.import_module(name).__path__
+        for module in pkgutil.walk_packages(path, name + ".", onerror=lambda _: None):
+            if not skip.search(module.name):
+                with contextlib.suppress(Exception):
+                    importlib.import_module(module.name)
+    for name in absent:
+        del sys.modules[name]
+    for name in ALLOWED + SCIPY:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    exec(WARM_UP, {})
+
+
+# ---- From a model's text to what it gives
+
+KEEP_BYTES = 4 << 10  # head and tail of an output that are kept
+SOURCES: dict[str, list[str]] = {}  # the lines of this session's snippets
+LOOKALIKES = {"÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "²": "**2", "³": "**3"}
+LOOKALIKES |= dict(zip("−–×·“”‘’", "--**\"\"''"))
+
+
+def parse(code: str, filename: str) -> ast.Module:
+    """The tree of a snippet: as written, else without what models put around code."""
+    code = re.sub(r"\A\s*(?:python3?|py)[ \t]*\n", "", code)  # left over from a fence
+    code = re.sub(r"(?m)^[ \t]*(?:In ?\[\d*\]|\.\.\.): ?|^Out ?\[\d*\]:.*$", "", code)
+    looks = str.maketrans(LOOKALIKES)
+    for text in (code, unwrap(code), unwrap(unwrap(code).translate(looks))):
+        SOURCES[filename] = text.split("\n")
+        try:
+            return ast.parse(text, filename)
+        except (MemoryError, RecursionError):
+            raise SyntaxError("the code is nested too deeply") from None
+        except (SyntaxError, ValueError) as error:
+            problem = error
+    raise problem
+
+
+def unwrap(code: str) -> str:
+    """The code without fences, prompts, magic commands, odd spaces and common indentation."""
+    code = re.sub("[\ufeff\u200b-\u200d\u2060]", "", code)
+    code = re.sub("[\xa0\u2000-\u200a\u202f\u3000]", " ", code)
+    code = re.sub(r"(?m)(\S)[ \t]*(```|~~~)[ \t]*$", r"\1\n\2", code)  # a fence behind code
+    inside, outside, is_open = [], [], False
+    for line in code.split("\n"):
+        if fence := re.match(r"\s*(?:```|~~~)[ \t]*([\w+-]*)\s*$", line):
+            is_open = bool(fence[1]) or not is_open
+        elif not line.lstrip().startswith(("%", "!")):
+            (inside if is_open else outside).append(line)
+    code = textwrap.dedent("\n".join(inside or outside))
+    prompts = re.findall(r"(?m)^(?:>>>|\.\.\.) ?(.*)$", code)
+    return "\n".join(prompts) if ">>>" in code and prompts else code
+
+
+def serve(guarded: bool) -> None:
+    """Requests `ID NUMBER\\nCODE` on descriptor 3, replies `ID STATUS`, until the socket closes.
+
+    All snippets run in one namespace, so variables are kept.
+    """
+    namespace = new_namespace(guarded)
+    while request := os.read(3, 1 << 17):
+        head, _, code = request.partition(b"\n")
+        name, number = head.split()
+        status = run(code.decode("utf-8", "surrogatepass"), int(number), namespace)
+        os.write(3, name + b" " + status.encode())
+
+
+def run(code: str, number: int, namespace: dict) -> str:
+    """Run a snippet and write all it has to say to descriptor 1; its number seeds what is random.
+
+    So two Monte-Carlo snippets differ and a replay repeats them. Returns ok, error, blocked
+    (refused here or by the kernel) or memory.
+    """
+    filename = f"<snippet {number}>"
+    out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    out.reconfigure(line_buffering=True)  # so that a stopped snippet's output is not lost
+    sys.stdout = sys.stderr = out
+    status, problem = "ok", None
+    try:
+        tree, last = parse(code, filename), None
+        if tree.body and isinstance(tree.body[-1], ast.Expr):  # its value is shown
+            last = compile(ast.Expression(tree.body.pop().value), filename, "eval", 0, True)
+        body = compile(tree, filename, "exec", 0, True)
+        for name in ("random", "numpy.random", "sympy.core.random"):
+            importlib.import_module(name).seed(number)
+        exec(body, namespace)
+        value = eval(last, namespace) if last else None
+        if value is not None:  # as a REPL, but numbers of these without their constructors
+            library = type(value).__module__.split(".")[0] in ("numpy", "sympy", "mpmath")
+            out.write((str(value) if library else repr(value)) + "\n")
+    except SystemExit as end:  # exit(): what was printed stands
+        out.write(f"{end.code}\n" if isinstance(end.code, str) else "")
+    except (PermissionError, Refused) as error:
+        status, problem = "blocked", error
+    except MemoryError as error:
+        status, problem = "memory", error
+    except BaseException as error:
+        status, problem = "error", error
+    sys.settrace(None)
+    with contextlib.suppress(Exception):  # whatever the snippet has left of them
+        sys.stdout.flush()
+        out.flush()
+        if problem:
+            os.write(1, (explain(problem) + "\n").encode("utf-8", "backslashreplace"))
+    return status
+
+
+def explain(error: BaseException) -> str:
+    """One line for the model: `NameError: name 'y' is not defined (line 3: z = y + 1)`."""
+    try:
+        text = str(error.msg if isinstance(error, SyntaxError) else error)
+    except BaseException:
+        text = "(the message could not be made)"
+    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = re.sub(r"(?<![\w.)])(?:/[\w.@+~-]+)+/(?=\w)", "", text)  # no folder of this machine
+    if isinstance(error, PermissionError) and error.errno:
+        text += "; snippets have no files, network or processes"
+    if len(text) > 1000:
+        text = text[:500] + " ... " + text[-500:]
+    places = [(getattr(error, "filename", ""), getattr(error, "lineno", 0) or 1)]
+    for frame, number in traceback.walk_tb(error.__traceback__):
+        places.append((frame.f_code.co_filename, number))
+    places = [place for place in places if place[0] in SOURCES]
+    if not places:
+        return text
+    filename, number = places[-1]
+    line = "".join(SOURCES[filename][number - 1 : number]).strip()[:120]
+    whose = "line" if filename == next(reversed(SOURCES)) else "an earlier snippet's line"
+    return f"{text} ({whose} {number}: {line})"
+
+
+def printable(said: bytes) -> str:
+    """Head and tail of an output, with control characters written out: safe on a terminal."""
+    cut = len(said) - 2 * KEEP_BYTES
+    if cut > 0:
+        said = said[:KEEP_BYTES] + b"\n... (%d bytes left out) ...\n" % cut + said[-KEEP_BYTES:]
+    text = said.decode("utf-8", "replace").strip("\n")
+    return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)
