@@ -106,9 +106,10 @@ def test_what_the_engine_is_asked_for_on_a_gpu(monkeypatch, capability, dtype, s
     for name in ("vllm", "vllm.lora"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     request = types.SimpleNamespace(LoRARequest=None)
+    built = types.SimpleNamespace(from_engine_args=None)
     monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
     monkeypatch.setattr(sys.modules["vllm"], "EngineArgs", arguments, raising=False)
-    monkeypatch.setattr(sys.modules["vllm"], "LLMEngine", None, raising=False)
+    monkeypatch.setattr(sys.modules["vllm"], "LLMEngine", built, raising=False)
     monkeypatch.setattr(engine, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(UserError, match="seen"):
