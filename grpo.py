@@ -355,9 +355,8 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
         set_weights(traces, config)
         useful = [trace for trace in traces if trace.advantage or config.kl_beta]
         useful.sort(key=lambda trace: len(trace.prompt_ids) + len(trace.ids))
-        mine = useful[team.rank :: team.size]
         if useful:
-            steps.append(micro_batches(mine, config.micro_tokens))
+            steps.append(micro_batches(useful[team.rank :: team.size], config.micro_tokens))
 
     # pi_old is the policy before the first of these steps. If there is only one, it is pi itself.
     olds = {}
@@ -679,8 +678,7 @@ def read_config() -> Config:
     config = parse(Config, default=before)
     for name, value in saved.items():
         if name not in FREE and getattr(config, name) != value:
-            flag = name.replace("_", "-")
-            raise UserError(f"--resume goes on with the run's own flags; --{flag} was {value}")
+            raise UserError(f"--resume goes on with the run's own flags; {name} was {value}")
     return config
 
 
