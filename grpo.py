@@ -563,10 +563,11 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         lr = learning_rate(step, config)
         for setting in optimizer.param_groups:
             setting["lr"] = lr
-        if sleeps:
+        learns = config.kl_beta or any(teaches(group) for group in groups)
+        if sleeps and learns:
             agent.engine.sleep(1)
         stats = update(model, optimizer, groups, temperature, config, team)
-        if sleeps:
+        if sleeps and learns:
             torch.cuda.empty_cache()
             agent.engine.wake_up()
 

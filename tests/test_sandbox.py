@@ -216,7 +216,9 @@ def session(box):
 
 def cases(config):
     mark = {"none": "live", "landlock": "landlock"}.get(config)
-    return [(config, name) for name in ATTACKS if not mark or mark in ATTACKS[name][0]]
+    hidden = "root" if config == "none" and not ROOT else None
+    wanted = {name for name, (where, _) in ATTACKS.items() if not mark or mark in where}
+    return [(config, name) for name in ATTACKS if name in wanted and hidden not in ATTACKS[name][0]]
 
 
 @pytest.mark.parametrize(
@@ -672,10 +674,11 @@ RECOVERIES = {
             one.run("x = 1")
             if os.getuid():
                 pid, which = box.zygote.process.pid, resource.RLIMIT_NPROC
-                resource.prlimit(pid, which, (1, -1))
+                before = resource.prlimit(pid, which)
+                resource.prlimit(pid, which, (1, before[1]))
                 said = two.run("1").output
                 assert "Resource temporarily unavailable" in said, said
-                resource.prlimit(pid, which, (-1, -1))
+                resource.prlimit(pid, which, before)
             print(one.run("x").output, two.run("2").output)
         """,
     "a session is closed while it runs": """

@@ -1,0 +1,265 @@
+"""The published path on a CPU: a small Qwen3 under its real tokenizer, through the command line.
+
+And what a GPU changes, as far as a CPU can show it: what the engine is asked for, when it sleeps,
+how the adapter travels. Nothing here has run on a GPU; tests/gpu/check.py is for one.
+"""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import test_grpo
+from test_grpo import ScriptedAgent, rows, run, tiny_model, usual
+
+import agent
+import cli
+import engine
+import grpo
+from cli import AgentFlags, UserError
+from data import Problem, read_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "extras"))
+tiny_folder = test_grpo.tiny_folder  # a fixture
+SHORT = "--few-shot none --max-tokens 48".split()
+
+
+def command(script, *flags) -> str:
+    """A script's standard output."""
+    words = [sys.executable, script, *map(str, flags)]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+# ---- The published path
+
+
+@pytest.fixture(scope="module")
+def trained(small_qwen, tmp_path_factory):
+    """Three steps of preset paper, at a rate that moves the adapter."""
+    out = tmp_path_factory.mktemp("trained") / "run"
+    flags = ["--preset", "paper", "--model", small_qwen, "--dataset", small_qwen / "rows.jsonl"]
+    flags += ["--steps", 3, "--lr", 1e-3, "--warmup", 0, *SHORT, "--out", out]
+    command("grpo.py", *flags)
+    return out
+
+
+def test_preset_paper_on_a_small_qwen(trained):
+    config = json.loads((trained / "last" / "adapter_config.json").read_text())
+    assert config["use_rslora"] and len(config["target_modules"]) == 14  # by their full names
+    metrics = rows(trained / "metrics.jsonl")
+    assert len(metrics) == 3 and all(row["grad_norm"] > 0 for row in metrics)
+    assert metrics[-1]["kl"] > 1e-6  # the adapter has moved, and the engine with it:
+    assert max(row["logprob_gap"] for row in metrics) < 1e-5
+    traces = [trace for group in rows(trained / "groups.jsonl") for trace in group["traces"]]
+    called = [trace for trace in traces if 0 in trace["mask"]]
+    assert called
+    for trace in called:  # one token of the vocabulary, which the model has sampled
+        assert trace["tokens"][trace["mask"].index(0) - 1] == "</tool_call>"
+
+
+def test_an_adapter_alone_brings_its_base(trained):
+    said = command("agent.py", "--model", trained / "last", *SHORT, "--json", "What is 6 * 7?")
+    (trace,) = json.loads(said)["traces"]
+    assert trace["answer"] == "42" and trace["finish"] == "eos"
+    assert [(call["code"], call["output"]) for call in trace["calls"]] == [("print(6 * 7)", "42")]
+    assert trace["text"].index("<think>") < trace["text"].index("```output")
+    assert trace["text"].index("```output") < trace["text"].index("</think>")
+
+
+@pytest.mark.slow
+def test_merge_and_the_four_rows_with_a_base_model(trained, small_qwen, tmp_path):
+    command("grpo.py", "--merge", trained)
+    flags = ["--model", trained / "merged", "--base-model", small_qwen, "--n", 2, *SHORT]
+    flags += ["--dataset", small_qwen / "rows.jsonl", "--out", tmp_path / "rows"]
+    said = command("evaluate.py", "--ablation", *flags)
+    (majority,) = [line for line in said.splitlines() if line.startswith("| majority@n")]
+    assert majority.count("100.0 [100.0, 100.0]") == 4
+    for row, calls in (("baseline", 0), ("grpo", 0), ("agent", 1), ("deepmath", 1)):
+        lines = (tmp_path / "rows" / row / "traces.jsonl").read_text().splitlines()
+        assert [len(json.loads(line)["calls"]) for line in lines] == [calls] * 8
+
+
+# ---- What a GPU changes
+
+
+class Asked(RuntimeError):
+    """Raised in the engine's place."""
+
+
+@pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((7, 5), "float16")])
+@pytest.mark.parametrize("sleep", [False, True])
+def test_what_the_engine_is_asked_for_on_a_gpu(monkeypatch, capability, dtype, sleep):
+    import torch
+
+    asked = {}
+
+    def arguments(**options):
+        asked.update(options)
+        raise Asked("seen")
+
+    for name in ("vllm", "vllm.lora"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    request = types.SimpleNamespace(LoRARequest=None)
+    built = types.SimpleNamespace(from_engine_args=None)
+    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    monkeypatch.setattr(sys.modules["vllm"], "EngineArgs", arguments, raising=False)
+    monkeypatch.setattr(sys.modules["vllm"], "LLMEngine", built, raising=False)
+    monkeypatch.setattr(engine, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    with pytest.raises(UserError, match="seen"):
+        engine.load_engine("any", None, 6000, 16, AgentFlags(seed=7), sleep)
+    assert (asked["dtype"], asked["max_num_seqs"], asked["seed"]) == (dtype, 16, 7)
+    assert asked["max_num_batched_tokens"] == 8192 and asked["max_model_len"] == -1
+    assert asked["enable_sleep_mode"] == sleep and "enforce_eager" not in asked
+
+
+def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
+    qwen_tokenizer, monkeypatch, capsys
+):
+    asked = []
+
+    def load_engine(model, lora, max_len, slots, flags, sleep):
+        asked.append((max_len, slots))
+        config = types.SimpleNamespace(max_model_len=300)
+        return types.SimpleNamespace(model_config=config), None
+
+    monkeypatch.setattr(agent, "load_engine", load_engine)
+    monkeypatch.setattr(agent, "context_length", lambda model: 4096)
+    flags = AgentFlags(model=str(qwen_tokenizer), agent=False, max_tokens=1000, batch=256)
+    with agent.open_agent(flags, [Problem("p", "1 + 1?", None)], 16) as loop:
+        assert loop.slots == asked[0][1] == 16 and asked[0][0] > 1000
+        assert loop.max_len == 300
+    assert capsys.readouterr().err.strip().startswith("the cache holds 300 tokens")
+
+
+def test_attention_without_a_mask_is_causal(small_qwen, monkeypatch):
+    """A padding mask under right padding does nothing, and switches flash attention off."""
+    import torch
+    from test_grpo import make_groups
+
+    seen = []
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, **options):
+        seen.append((options.get("attn_mask"), options.get("is_causal")))
+        return original(*args, **options)
+
+    model = tiny_model(small_qwen)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    grpo.token_logprobs(model, make_groups()[0], 1.0)
+    assert seen == [(None, True)] * 2
+
+
+def test_gaps_that_bfloat16_explains_are_no_warning(monkeypatch, capsys):
+    row = {"step": 1, "loss": 0.1, "grad_norm": 1.0, "seconds_rollout": 1.0, "seconds_update": 1.0}
+    for cuda, gap, warned in ((True, 0.05, 0), (True, 0.2, 1), (False, 0.05, 1)):
+        monkeypatch.setattr(grpo, "has_cuda", lambda cuda=cuda: cuda)
+        grpo.report_step({**row, "logprob_gap": gap}, 2)
+        assert capsys.readouterr().out.count("warning") == warned
+
+
+def test_checkpoints_of_a_gpu_are_read_on_a_cpu(tmp_path, monkeypatch):
+    import torch
+
+    seen = {}
+    monkeypatch.setattr(torch, "load", lambda path, **options: seen.update(options) or {})
+    (tmp_path / "checkpoint.pt").touch()
+    engine.load_checkpoint(tmp_path)
+    assert seen == {"map_location": "cpu", "weights_only": True}
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """grpo.py believes in a GPU; what its engine does is noted."""
+    import torch
+
+    did = []
+    before = ScriptedAgent.__init__
+
+    def begin(self, flags):
+        before(self, flags)
+        self.engine.sleep = lambda level: did.append("sleep")
+        self.engine.wake_up = lambda: did.append("wake")
+        self.engine.add_lora = lambda request: did.append(request.lora_path)
+
+    monkeypatch.setattr(ScriptedAgent, "__init__", begin)
+    monkeypatch.setattr(grpo, "has_cuda", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
+    return did
+
+
+def test_the_engine_sleeps_only_on_demand_and_for_a_gradient(card, tiny_folder, tmp_path):
+    flags = usual(tiny_folder, "--steps", "1", "--eval-every", "0")
+    assert run(tmp_path / "a", *flags) == 0
+    assert not {"sleep", "wake"} & set(card)
+    assert run(tmp_path / "b", *flags, "--sleep") == 0
+    assert [what for what in card if what in ("sleep", "wake")] == ["sleep", "wake"]
+    assert run(tmp_path / "c", *flags, "--sleep", "--reward-weights", "accuracy=0") == 0
+    assert card.count("sleep") == 1
+
+
+def test_the_adapter_travels_outside_the_run_in_the_engines_type(
+    card,
+    tiny_folder,
+    tmp_path,
+    monkeypatch,
+):
+    from safetensors.torch import load_file
+
+    types_seen, before = set(), ScriptedAgent.rollout
+
+    def rollout(self, jobs):
+        weights = load_file(Path(self.lora.lora_path) / "adapter_model.safetensors")
+        types_seen.update(str(w.dtype) for w in weights.values())
+        return before(self, jobs)
+
+    monkeypatch.setattr(ScriptedAgent, "rollout", rollout)
+    monkeypatch.setattr(grpo, "compute_dtype", lambda: "bfloat16")
+    out = tmp_path / "run"
+    assert run(out, *usual(tiny_folder, "--steps", "2", "--eval-every", "0")) == 0
+    assert types_seen == {"torch.bfloat16"}
+    assert len(card) >= 2 and not any(Path(path).is_relative_to(tmp_path) for path in card)
+    assert not any(Path(path).exists() for path in card)
+
+
+def test_out_of_gpu_memory_names_the_remedy(card, tiny_folder, tmp_path, monkeypatch, capsys):
+    import torch
+
+    def update(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(grpo, "update", update)
+    flags = usual(tiny_folder, "--eval-every", "0")
+    with pytest.raises(SystemExit) as end:
+        cli.run_main(lambda: run(tmp_path / "run", *flags))
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert end.value.code == 2 and "out of GPU memory" in said and "--micro-tokens" in said
+
+
+# ---- The published prompt
+
+
+def test_the_published_prompt_is_read_out_of_a_clone(tmp_path):
+    package = tmp_path / "clone" / "deep_math"
+    package.mkdir(parents=True)
+    form = "Use <tool_call>.\n\n{examples}\n\nBox it: \\\\boxed{{}}."
+    code = 'import nothing_here\nsimple_template = "Q: {question}"\n'
+    (package / "prompts.py").write_text(f'{code}agent_math_instruction = """{form}"""\n')
+    (package / "fewshot.txt").write_text("Question: {1}?\n\n\\boxed{1}\n")
+    out = tmp_path / "published.json"
+    command("extras/published_prompt.py", tmp_path / "clone", "--out", out)
+    system, user = read_prompt(AgentFlags(prompt=str(out))).messages
+    assert system["content"].startswith("Use <tool_call>.\n\nQuestion: {1}?\n\n\\boxed{1}\n")
+    assert system["content"].endswith("Box it: \\boxed{}.") and user["content"] == "Q: {question}"
+    from published_prompt import read_clone
+
+    with pytest.raises(UserError, match="no clone"):
+        read_clone(tmp_path)
+    assert dataclasses.asdict(read_prompt(AgentFlags(prompt=str(out))))["agent"]
