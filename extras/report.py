@@ -21,7 +21,6 @@ import random
 import sys
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
 
@@ -175,16 +174,6 @@ def draw_run(left, right, label: str, problems: list[Scored], colour: str) -> No
 # ---- Data for the page
 
 
-@lru_cache(maxsize=100_000)
-def highlighted(code: str) -> str:
-    """Python as HTML spans; Pygments escapes it."""
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
-
-    return highlight(code, PythonLexer(stripnl=False), HtmlFormatter(nowrap=True)).rstrip("\n")
-
-
 def trace_data(row: dict, verdict, most: int) -> dict:
     """One trace for the page; texts beyond `most` characters lose their middle."""
     parts, left = [], most
@@ -195,7 +184,6 @@ def trace_data(row: dict, verdict, most: int) -> dict:
         left = max(400, left - len(text))
         if kind == "code":
             text = text.removeprefix("<tool_call>").removesuffix("</tool_call>").strip("\n")
-            text = highlighted(text)
         elif kind == "output":
             text = text.strip("\n").removeprefix("```output\n").removesuffix("\n```")
         parts.append([kind, text])
@@ -257,8 +245,6 @@ def render(name: str, **values) -> str:
 
 
 def evaluation_page(runs: list[Run], more: str, picture: bytes, most: int) -> str:
-    from pygments.formatters import HtmlFormatter
-
     problems, packed = page_data(runs, most)
     names = [run.config["name"] for run in runs]
     return render(
@@ -271,8 +257,6 @@ def evaluation_page(runs: list[Run], more: str, picture: bytes, most: int) -> st
         picture=base64.b64encode(picture).decode(),
         problems=problems,
         packed=packed,
-        light=HtmlFormatter(style="default").get_style_defs(".hl"),
-        dark=HtmlFormatter(style="monokai").get_style_defs(".hl"),
     )
 
 
