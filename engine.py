@@ -475,7 +475,9 @@ class Prefix:
         cache = DynamicCache()
         decoder = model.get_base_model().get_decoder()
         ids = torch.tensor([ids], device=model.device)  # (1, P)
-        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        device = model.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         self.length = ids.shape[1]
         assert cache.get_seq_length() == self.length, "the model dropped its cache"
         self.tensors = []  # keys and values of layer 0, of layer 1, ...: (1, heads, P, D) each
