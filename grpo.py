@@ -678,7 +678,7 @@ def read_config() -> Config:
     config = parse(Config, default=before)
     for name, value in saved.items():
         if name not in FREE and getattr(config, name) != value:
-            raise UserError(f"--resume goes on with the run's own flags; {name} was {value}")
+            raise UserError(f"--resume goes on with the run's own flags; --{name} was {value}")
     return config
 
 
