@@ -465,6 +465,14 @@ def micro_batches(traces, budget: int) -> list[list]:
     return batches
 
 
+def autocast(model):
+    """Keep activations in bfloat16 where the base is: a float32 adapter would promote them all."""
+    import torch
+
+    base = model.get_base_model()
+    return torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16)
+
+
 class Prefix:
     """Keys and values of the P tokens that all prompts begin with, layer by layer."""
 
@@ -475,8 +483,7 @@ class Prefix:
         cache = DynamicCache()
         decoder = model.get_base_model().get_decoder()
         ids = torch.tensor([ids], device=model.device)  # (1, P)
-        device = model.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+        with autocast(model):
             decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         self.length = ids.shape[1]
         assert cache.get_seq_length() == self.length, "the model dropped its cache"

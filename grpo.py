@@ -80,7 +80,7 @@ from cli import check_range, has_cuda, parse, run_main, stop_on_ctrl_c, write_lo
 from data import Problem, load_problems
 from engine import Team, compute_dtype, load_checkpoint, load_trainer, merge, micro_batches
 from engine import per_token, prepare_environment, resolve_model, save_adapter, save_checkpoint
-from engine import shared_prefix, take_rank
+from engine import autocast, shared_prefix, take_rank
 from evaluate import CUT, interval
 from grade import Grader
 
@@ -291,8 +291,7 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     # so that no token sees the padding on its right.
     decoder = model.get_base_model().get_decoder()
     cache = prefix.expand(len(traces)) if prefix else None
-    device = model.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+    with autocast(model):
         output = decoder(input_ids=inputs, past_key_values=cache, use_cache=bool(prefix))
     hidden = output.last_hidden_state[sampled]  # (n, D)
     targets = targets[sampled]  # (n,)

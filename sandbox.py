@@ -116,7 +116,7 @@ class Session:
         self.closed = True
         if self.box.idle.pop(self, None) is not None:
             self.process.signal(signal.SIGKILL)
-            self.box.jobs.put(self.process.kill)  # a worker waits until it is dead
+            self.box.jobs.put(self.process.kill)  # in a worker, where no Ctrl-C interrupts it
 
     def cancelled(self) -> bool:
         return self.closed or self.box.closing.is_set()
@@ -393,16 +393,15 @@ class Process:
             signal.pidfd_send_signal(self.pidfd, number)
 
     def kill(self) -> str:
-        """End the process and wait. Returns "killed" if somebody's SIGKILL had come before."""
+        """End the process. Returns "killed" if somebody's SIGKILL had come before."""
         if self.output.closed:
             return ""
         os.close(self.pidfd)
         self.control.close()
         self.output.close()
-        try:
+        with contextlib.suppress(OSError):  # the zygote is dead, and its sessions with it
             return self.zygote.ask(f"bury {self.pid}")
-        except OSError:
-            return ""  # the zygote is dead, and its sessions with it
+        return ""
 
 
 class Zygote:
@@ -495,17 +494,18 @@ def zygote_main(config: dict) -> None:
         control.send(f"{type(error).__name__}: {error}".encode()[:1000])
         return
     control.send(b"ready")
-    children = set()
+    children, dying = set(), set()
     while True:
         request, descriptors, _, _ = socket.recv_fds(control, 200, 2)
         if not request:
             return
+        dying = {pid for pid in dying if os.waitpid(pid, os.WNOHANG) == (0, 0)}
         try:
             if request == b"fork":
                 answer = fork_session(config, *descriptors)
                 children.add(answer)
             else:
-                answer = bury(children, int(request.split()[1]))
+                answer = bury(children, dying, int(request.split()[1]))
         except Exception as error:  # no room for a process, or for its descriptors here
             answer = f"{type(error).__name__}: {error}"
         for descriptor in descriptors:
@@ -513,16 +513,16 @@ def zygote_main(config: dict) -> None:
         control.send(str(answer).encode())
 
 
-def bury(children: set[int], pid: int) -> str:
-    """Kill a session's group while its number is still taken; reap it."""
+def bury(children: set[int], dying: set[int], pid: int) -> str:
+    """Kill a session's group while its number is still taken; it is reaped at a later request."""
     if pid not in children:  # of a zygote before this one
         return "gone"
     past = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     for kill in (os.killpg, os.kill):
         with contextlib.suppress(OSError):
             kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
     children.remove(pid)
+    dying.add(pid)
     killed = past and (past.si_code, past.si_status) == (os.CLD_KILLED, signal.SIGKILL)
     return "killed" if killed else "stopped"
 

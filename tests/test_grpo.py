@@ -20,6 +20,7 @@ from unittest.mock import Mock
 import pytest
 
 import cli
+import engine
 import grpo
 from agent import Trace
 from cli import UserError
@@ -223,6 +224,24 @@ def test_logprobs_agree_with_log_softmax_of_the_plain_model(model, monkeypatch):
         assert prefix.length >= 19
         assert torch.allclose(grpo.token_logprobs(model, traces, 0.7, prefix), expected, atol=1e-5)
         grpo.token_logprobs(model, traces, 0.7, prefix).sum().backward()
+
+
+def test_a_float32_adapter_does_not_promote_a_bfloat16_base(tiny_folder, monkeypatch):
+    """Else activations double; as on a GPU: the base in bfloat16, prefix and traces alike."""
+    import torch
+
+    monkeypatch.setattr(engine, "compute_dtype", lambda: "bfloat16")
+    model = tiny_model(tiny_folder)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    traces = [trace for group in make_groups() for trace in group]
+    kinds = []
+    layer = model.get_base_model().model.layers[0].mlp.up_proj.lora_A["default"]
+    layer.register_forward_hook(lambda module, given, out: kinds.append(out.dtype))
+    with grpo.shared_prefix(model, [trace.prompt_ids for trace in traces]) as prefix:
+        grpo.token_logprobs(model, traces, 1.0, prefix).sum().backward()
+    grpo.token_logprobs(model, traces, 1.0)
+    assert set(kinds) == {torch.bfloat16} == {tensor.dtype for tensor in prefix.tensors}
+    assert gradient(model).isfinite().all()
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
