@@ -568,12 +568,12 @@ def read_rows(path: Path) -> list[dict]:
     """The rows of a file, each with `text` and `gold`."""
     rows = []
     try:
-        for line in path.open("rb"):
+        for line in filter(bytes.strip, path.open("rb")):  # our own files begin with an empty one
             row = json.loads(line)
             gold = row["gold"] if "gold" in row else row["answer"]
             rows.append({**row, "gold": str(gold), "text": str(row["text"])})
     except (ValueError, TypeError, KeyError):
-        where = f"{path}: line {len(rows) + 1}"
+        where = f"{path}: row {len(rows) + 1}"
         raise UserError(f"{where} must be an object with `text`, and `gold` or `answer`") from None
     if not rows:
         raise UserError(f"{path}: no rows")

@@ -179,7 +179,7 @@ def test_the_command(tmp_path):
         {"gold": "7", "text": "The answer is 7."},
     ]
     file = tmp_path / "rows.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file.write_text("".join("\n" + json.dumps(row) for row in rows))  # as evaluate.py writes
     command = [sys.executable, "grade.py", str(file), "--out", str(tmp_path / "out.jsonl")]
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     done = subprocess.run(command, **options)
