@@ -41,10 +41,10 @@ def command(script, *flags) -> str:
 
 @pytest.fixture(scope="module")
 def trained(small_qwen, tmp_path_factory):
-    """Three steps of preset paper, at a rate that moves the adapter."""
+    """Three steps of preset paper; at three times the rate a model this small forgets the rest."""
     out = tmp_path_factory.mktemp("trained") / "run"
     flags = ["--preset", "paper", "--model", small_qwen, "--dataset", small_qwen / "rows.jsonl"]
-    flags += ["--steps", 3, "--lr", 1e-3, "--warmup", 0, *SHORT, "--out", out]
+    flags += ["--steps", 3, "--lr", 3e-4, "--warmup", 0, *SHORT, "--out", out]
     command("grpo.py", *flags)
     return out
 

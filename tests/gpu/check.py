@@ -3,8 +3,8 @@
     python tests/gpu/check.py             # on a machine with one GPU or two
     python tests/gpu/check.py --tiny      # the same walk on a CPU, with small shapes
 
-This has NEVER RUN ON A GPU, beside code that has not either. Of --tiny only the update was seen to
-work on a CPU, not yet the other two parts. What fails here is a finding: paste it, too.
+This has NEVER RUN ON A GPU, beside code that has not either; --tiny was seen to work on a CPU. What
+fails here is a finding: paste it, too.
 
   update     one optimiser step of preset paper's shape (16 traces of 5,000 tokens, KL,
              checkpointing) on a 4B Qwen3 of random weights: seconds, memory, tokens per second
