@@ -1,7 +1,7 @@
-"""What all command lines share: errors of one line, groups of flags, and the way out.
+"""What all command lines share: groups of flags, and errors of one line.
 
-A script ends with `run_main(main)`, and its main begins with `flags = parse(Flags)`: the fields of
-that dataclass are the flags, their docstrings the help. Scripts inherit the groups below.
+A script's main begins with `flags = parse(Flags)`, a dataclass whose fields are the flags and whose
+docstrings are the help, and the script ends with `run_main(main)`.
 """
 
 import contextlib
@@ -10,13 +10,11 @@ import io
 import json
 import os
 import signal
-import socket
 import sys
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 import tyro
 from safetensors import SafetensorError
@@ -32,31 +30,26 @@ def first_line(error: BaseException) -> str:
 
 
 def run_main(main) -> None:
-    """Run main() and exit with what it returns; what a user can mend becomes one line on stderr.
-
-    The exit code is 2 for that, 130 for Ctrl-C, 0 when a pipe's reader has left (`... | head`).
-    """
-    code, said = 2, None
+    """Run main() and exit with what it returns; what a user can mend is one line, and code 2."""
+    code = 2
     try:
-        code = main() or 0
+        result = main()
         sys.stdout.flush()
-    except UserError as error:
-        said = str(error)
-    except ModuleNotFoundError as error:
-        said = f"no package {error.name!r} in {sys.executable}: `make setup`"
+        sys.exit(result)
+    except BrokenPipeError:  # the reader of a pipe has left: `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
+        sys.exit(0)
     except KeyboardInterrupt:
         code, said = 130, "interrupted"
-    except BrokenPipeError:
-        code = 0
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains as it ends
-    except (OSError, SafetensorError) as error:  # the second one is a full disk's, too
-        said = f"{first_line(error)}: mend that and give the same command again"
+    except ModuleNotFoundError as error:
+        said = f"no package {error.name!r} in {sys.executable}: `make setup`"
+    except (UserError, OSError, SafetensorError) as error:  # the last one is a full disk's, too
+        said = " ".join(str(error).split())
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, without an import of it
+        if "out of memory" not in str(error):
             raise
         said = "out of GPU memory: lower --micro-tokens (in training), --batch or --max-tokens"
-    if said is not None:
-        print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: {said}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -69,8 +62,9 @@ def parse(flags: type, **options):
     except SystemExit as end:
         if not end.code:  # --help
             raise
-    box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()[1:]] + [""]
-    raise UserError(" ".join(box[: box.index("")]) + " (--help lists the flags)")
+    _, *box = [line.strip("│╭╮╰╯─ ") for line in said.getvalue().splitlines()]
+    mistake = " ".join(box).split("  ")[0]
+    raise UserError(f"{mistake} (--help lists the flags)")
 
 
 def check_range(flags, low: float, high: float, *fields: str) -> None:
@@ -78,8 +72,8 @@ def check_range(flags, low: float, high: float, *fields: str) -> None:
     for field in fields:
         value = getattr(flags, field)
         if value is not None and not low <= value <= high:
-            bounds = f"at least {low}" if high == float("inf") else f"between {low} and {high}"
-            raise UserError(f"--{field.replace('_', '-')} must be {bounds}, not {value}")
+            name = field.replace("_", "-")
+            raise UserError(f"--{name} must be between {low} and {high}, not {value}")
 
 
 def write_log(path: Path, row: dict) -> None:
@@ -103,22 +97,18 @@ def stop_on_ctrl_c() -> list:
 
 def has_cuda() -> bool:
     """Whether this machine and this installation can use an NVIDIA GPU. Cheap: without torch."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        driver = Path("/proc/driver/nvidia/version").exists()
-        return driver and "+cpu" not in importlib.metadata.version("torch")
-    return False
+    driver = Path("/proc/driver/nvidia/version")
+    return driver.exists() and "+cpu" not in importlib.metadata.version("torch")
 
 
-@lru_cache(maxsize=1)
+@cache
 def go_offline_without_hub() -> None:
     """Tell the Hugging Face libraries, before their import: their retries take over a minute."""
-    if any(name.lower() in ("https_proxy", "all_proxy") for name in os.environ):
-        return  # the proxy knows the way
-    url = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
-    port = url.port or (80 if url.scheme == "http" else 443)
+    import requests
+
     try:
-        socket.create_connection((url.hostname, port), timeout=5).close()
-    except OSError:
+        requests.head(os.environ.get("HF_ENDPOINT") or "https://huggingface.co", timeout=5)
+    except requests.RequestException:
         os.environ["HF_HUB_OFFLINE"] = "1"
 
 
@@ -127,9 +117,7 @@ class DataFlags:
     """Which problems."""
 
     dataset: str = "arithmetic"
-    """A set by name (`python data.py --list`), an id on the Hugging Face hub, or a file."""
-    config: str | None = None
-    """Configuration of a hub dataset."""
+    """A set by name (`python data.py --list`), a file, or an id on the hub, perhaps `id:config`."""
     split: str | None = None
     """Split of the dataset; without this flag `test`, or that of a set known by name."""
     question_key: str | None = None
@@ -140,8 +128,6 @@ class DataFlags:
     """Keep matching rows only: topic=Algebra, difficulty=5-9."""
     limit: int | None = None
     """The first N problems."""
-    shuffle: int | None = None
-    """Shuffle with this seed, before --limit."""
 
 
 @dataclass(kw_only=True)
@@ -171,9 +157,7 @@ class AgentFlags(ModelFlags):
     prompt: str = "chat"
     """`chat`, a name in prompts/, or a file with {question} in it: messages (.json) or text."""
     few_shot: str | None = None
-    """Solved examples: turns (for small models), system, none, a file like fewshot.txt, or
-    style:file.
-    """
+    """Solved examples: turns (for small models), system, none; a file, or turns:file."""
     sandbox: Literal["auto", "limits-only"] = "auto"
     """limits-only: go on where the kernel has no seccomp, at your own risk."""
     temperature: float = 0.6
