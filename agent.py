@@ -35,6 +35,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -148,7 +149,7 @@ class Agent:
         notify = on_event or ignore
         ready: list[Live] = []
         decoding: dict[str, Live] = {}  # by the name of its request
-        running: dict[Session, Live] = {}
+        running: dict[Future, Live] = {}  # by the Result to come
         slots = 1  # then 8, 64, ...: the first prompt fills the prefix cache for the others
 
         try:
@@ -192,17 +193,18 @@ class Agent:
                         continue
 
                     live.session = live.session or self.box.session()
-                    running[live.session] = live
                     code = snippet_in(live.segment)
                     notify(live.trace, "call", code)
-                    live.session.submit(code, self.flags.snippet_seconds)
+                    future = live.session.submit(code, self.flags.snippet_seconds)
+                    running[future] = live
 
                 # Snippets that have ended: their outputs become tokens with mask 0.
                 patience = 0 if decoding or ready else 0.2  # seconds
-                results = self.box.poll(patience) if running else []
-                for session, result in results:
-                    live = running.pop(session)
+                ended, _ = wait(running, patience, FIRST_COMPLETED)
+                for future in ended:
+                    live = running.pop(future)
                     ready.append(live)
+                    result = future.result()
                     notify(live.trace, "output", result)
                     self.insert(live, result)
 

@@ -170,16 +170,15 @@ def unwrap(code: str) -> str:
 
 
 def serve(guarded: bool) -> None:
-    """Requests `ID NUMBER\\nCODE` on descriptor 3, replies `ID STATUS`, until the socket closes.
+    """Requests `NUMBER\\nCODE` on descriptor 3, a status as reply, until the socket closes.
 
     All snippets run in one namespace, so variables are kept.
     """
     namespace = new_namespace(guarded)
     while request := os.read(3, 1 << 17):
-        head, _, code = request.partition(b"\n")
-        name, number = head.split()
+        number, _, code = request.partition(b"\n")
         status = run(code.decode("utf-8", "surrogatepass"), int(number), namespace)
-        os.write(3, name + b" " + status.encode())
+        os.write(3, status.encode())
 
 
 def run(code: str, number: int, namespace: dict) -> str:
