@@ -42,7 +42,7 @@ from engine import adapter_config, context_length, load_engine, load_tokenizer
 from engine import prepare_environment, resolve_model
 from grade import TOOLS, extract_answer, vote
 from sandbox import Result, Sandbox, SandboxError, Session
-from snippet import printable
+from snippet import escape
 
 OUTPUT_TOKENS = 512  # one inserted output is cut, its middle goes, to this many tokens
 
@@ -388,7 +388,7 @@ def solve(agent: Agent, question: str, n: int) -> dict:
     def show(trace: Trace, kind: str, value) -> None:  # one trace as it grows, tags and all
         text = value if kind == "text" else f"\n```output\n{value.output}\n```\n"
         if n == 1:
-            print(printable(text), end="", flush=True)
+            print(escape(text), end="", flush=True)
 
     traces = []
     problem = Problem(problem_id(question), question, answer=None)
@@ -398,12 +398,12 @@ def solve(agent: Agent, question: str, n: int) -> dict:
         cost = f"{trace.sampled} tokens, {len(trace.calls)} calls, {trace.seconds:.1f} s"
         if trace.finish not in ("eos", "answer"):
             cost += f", cut by {trace.finish}"
-        print(printable(f"\nanswer: {trace.answer or 'none'}\n({cost})"), flush=True)
+        print(escape(f"\nanswer: {trace.answer or 'none'}\n({cost})"), flush=True)
     traces.sort(key=lambda trace: trace.sample)
     winner, clusters = vote([trace.answer for trace in traces])
     votes = [{"answer": answer, "count": count} for answer, count, _ in clusters]
     if n > 1 and votes:
-        print(printable(f"\nvote: {winner} ({votes[0]['count']} of {n})"))
+        print(escape(f"\nvote: {winner} ({votes[0]['count']} of {n})"))
     return {
         "problem": question,
         "answer": winner,

@@ -3,8 +3,9 @@
 A *zygote* process, started once with an empty environment, imports sympy, numpy, scipy and the like
 and then only forks. Each trace gets a *session*: a fork that locks itself in before it reads its
 first snippet, then runs snippet after snippet in one namespace (snippet.py). In the caller's
-process a few threads each take a snippet from a queue and wait for it. A session that hangs, dies
-or holds too much is killed, and made again by replaying the snippets that ended by themselves.
+process a pool of threads waits for them, one thread for each snippet that runs. A session that
+hangs, dies or holds too much is killed, and made again by replaying the snippets that ended by
+themselves.
 
 Whoever writes the snippets may run any code in the session, machine code included. It must not read
 or write a file, reach the network, start or signal a process, see the caller's secrets, disturb
@@ -29,10 +30,8 @@ import contextlib
 import ctypes
 import json
 import os
-import queue
 import re
 import resource
-import secrets
 import select
 import signal
 import socket
@@ -42,6 +41,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -53,13 +53,12 @@ CODE_BYTES = 64 << 10  # before any parse: ast.parse of 20 MB takes a minute and
 OUTPUT_BYTES = 1 << 20  # a snippet that prints more is stopped
 MEMORY_BYTES = 2 << 30  # a snippet that needs more is stopped
 TICK = 20  # milliseconds between two looks at a running snippet
-ENDED_BY_ITSELF = ("ok", "error", "blocked")
+ENDED_BY_ITSELF = ("ok", "error", "blocked")  # any other status: its process is gone
 STOPPED = {
     "timeout": "TimeoutError: the snippet ran longer than {:g} s and was stopped",
     "memory": f"MemoryError: the snippet needed more than {MEMORY_BYTES >> 20} MB and was stopped",
-    "killed": "MemoryError: the system killed the snippet, most likely it ran out of memory",
     "output": f"OutputError: the snippet printed more than {OUTPUT_BYTES >> 10} KB and was stopped",
-    "crashed": "CrashError: the snippet's process died or broke its protocol",
+    "crashed": "CrashError: the snippet's process died, most likely it ran out of memory",
 }
 
 
@@ -85,58 +84,43 @@ class Session:
 
     def __init__(self, box: "Sandbox"):
         self.box = box
-        self.busy = self.closed = False  # busy: until the snippet's result has been polled
         self.process: Process | None = None
-        self.history: list[tuple[int, str, Result]] = []  # snippets that ended by themselves
-        self.number = 0  # of the next snippet in this trace
+        self.history: list[tuple[str, Result]] = []  # snippets that ended by themselves
+        self.closed = threading.Event()
 
-    def submit(self, code: str, timeout: float = 20, sink: queue.SimpleQueue | None = None) -> None:
-        """Queue a snippet; its result comes from `box.poll`. Raises SandboxError, ValueError."""
-        if self.closed or self.busy:
-            raise ValueError("the session is closed, or its last snippet was not polled yet")
-        sink = sink or self.box.done
-        self.box.put(lambda: sink.put((self, self.execute(str(code), float(timeout)))))
-        self.busy = True
-        self.box.pending += sink is self.box.done
+    def submit(self, code: str, seconds: float = 20) -> "Future[Result]":
+        """Queue a snippet. Wait for its result before you submit the next."""
+        if os.getpid() != self.box.pid:  # a fork has none of the threads
+            raise SandboxError("this process is a fork of the sandbox's: make a Sandbox of its own")
+        return self.box.threads.submit(self.execute, code, seconds)
 
-    def run(self, code: str, timeout: float = 20) -> Result:
+    def run(self, code: str, seconds: float = 20) -> Result:
         """Run a snippet and wait for its Result. Ctrl-C meanwhile closes the session."""
-        sink = queue.SimpleQueue()
-        self.submit(code, timeout, sink)
+        future = self.submit(code, seconds)
         try:
-            return sink.get()[1]
+            return future.result()
         except BaseException:
             self.close()
             raise
-        finally:
-            self.busy = False
 
     def close(self) -> None:
         """Forget the variables. A snippet that runs is stopped by its worker at the next tick."""
-        self.closed = True
+        self.closed.set()
         if self.box.idle.pop(self, None) is not None:
-            self.process.signal(signal.SIGKILL)
-            self.box.jobs.put(self.process.kill)  # in a worker, where no Ctrl-C interrupts it
+            self.process.kill()
 
-    def cancelled(self) -> bool:
-        return self.closed or self.box.closing.is_set()
-
-    def execute(self, code: str, timeout: float) -> Result:
+    def execute(self, code: str, seconds: float) -> Result:
         """In a worker: run a snippet to its end."""
-        number = self.number
-        self.number += 1
-        self.box.idle.pop(self, None)
         if len(code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
             return Result("error", f"SyntaxError: the snippet is over {CODE_BYTES >> 10} KB", 0.0)
+        self.box.idle.pop(self, None)
         try:
             note = self.prepare()
-            result = self.process.run(number, code, timeout, self.cancelled)
-        except Exception as error:  # whatever happens, the caller waits for a result
-            if self.process:
-                self.process.kill()
+            result = self.process.run(len(self.history), code, seconds, self.closed)
+        except OSError as error:
             return Result("crashed", f"CrashError: no process could be started: {error}", 0.0)
         if result.status in ENDED_BY_ITSELF:
-            self.history.append((number, code, result))
+            self.history.append((code, result))
             self.box.shelve(self)
         return replace(result, output=note + result.output)
 
@@ -146,17 +130,18 @@ class Session:
         In a replay a snippet gets twice the time that it took. Where one ends otherwise than it
         did, those before it are replayed once more.
         """
-        self.box.wait_ready()
         note = ""
-        while self.process is None or not self.process.alive():
+        while self.process is None or not self.process.is_idle():
             if self.process:
                 self.process.kill()
-            self.process = self.box.new_process(self.cancelled)
-            for position, (number, code, past) in enumerate(self.history):
-                result = self.process.run(number, code, 2 * past.seconds + 1, self.cancelled)
+            if self.closed.is_set():
+                raise OSError("the session is closed")
+            self.process = self.box.new_process()
+            for number, (code, past) in enumerate(self.history):
+                result = self.process.run(number, code, 2 * past.seconds + 1, self.closed)
                 if result.status != past.status:
-                    note = f"(only the variables made before snippet {number + 1} are there)\n"
-                    self.history = self.history[:position]
+                    note = f"(of the earlier snippets only the first {number} could be repeated)\n"
+                    self.history = self.history[:number]
                     self.process.kill()
                     break
         return note
@@ -166,25 +151,22 @@ class Sandbox(contextlib.AbstractContextManager):
     """A pool of sessions, of which `workers` run at a time. The zygote loads in the background."""
 
     def __init__(self, workers: int | None = None, mode: str = "auto", layers=LAYERS):
-        if mode not in ("auto", "limits-only"):
-            raise ValueError("mode is 'auto' or 'limits-only'")
         self.layers = [name for name in layers if mode == "auto" or name != "seccomp"]
         self.pid = os.getpid()
-        self.broken = ""  # why no snippet can run any more
-        self.report: dict[str, str] = {}  # of the layers
-        self.ready, self.closing = threading.Event(), threading.Event()
-        self.lock = threading.Lock()
-        self.jobs: queue.SimpleQueue = queue.SimpleQueue()
-        self.done: queue.SimpleQueue = queue.SimpleQueue()
-        self.pending = 0  # results that `poll` has still to give
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.lock = threading.Lock()  # for `zygote` and `closed`
+        self.zygote: Zygote | None = None
+        self.closed = False
+
+        # Idle sessions are kept while they take half of the descriptors (three each) and a quarter
+        # of the memory at most.
         self.idle: OrderedDict[Session, int] = OrderedDict()  # bytes of each, longest idle first
-        self.room, self.memory = idle_limits()
-        self.zygote = Zygote(self.layers, self.closing)
-        self.put(self.start)  # in a worker: a zygote dies with the thread that started it
-        self.workers = workers = workers or len(os.sched_getaffinity(0))
-        self.threads = [threading.Thread(target=self.work, daemon=True) for _ in range(workers)]
-        for thread in self.threads:
-            thread.start()
+        self.room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 6
+        self.memory = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() // 4
+
+        # A zygote dies with the thread that started it: so that is one of the pool's.
+        self.threads = ThreadPoolExecutor(self.workers)
+        self.ready = self.threads.submit(self.start)
 
     def __exit__(self, *_):
         self.close()
@@ -194,120 +176,75 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def wait_ready(self) -> dict[str, str]:
         """Wait for the zygote and a first session. Returns {layer: "on: ..." | "off: why"}."""
-        self.ready.wait()
-        if self.broken:
-            raise SandboxError(self.broken)
-        return self.report
-
-    def put(self, job) -> None:
-        """Queue a job for the workers; raises SandboxError where none will take it."""
-        if os.getpid() != self.pid:
-            raise SandboxError("this process is a fork of the sandbox's: make a Sandbox of its own")
-        with self.lock:  # so that `close` comes before or after
-            if self.broken:
-                raise SandboxError(self.broken)
-            self.jobs.put(job)
-
-    def work(self) -> None:
-        while job := self.jobs.get():
-            job()
-
-    def poll(self, timeout: float = 0.0) -> list[tuple[Session, Result]]:
-        """[(session, result)] of finished snippets; waits up to `timeout` seconds for the first."""
-        found = []
-        with contextlib.suppress(queue.Empty):
-            found.append(self.done.get(timeout > 0, timeout))
-            while True:
-                found.append(self.done.get_nowait())
-        self.pending -= len(found)
-        for session, _ in found:
-            session.busy = False
-        return [(session, result) for session, result in found if not session.closed]
+        return self.ready.result()
 
     def close(self) -> None:
-        """Kill every session and the zygote, and wait. Whoever waits for a result gets one."""
-        if os.getpid() != self.pid or self.closing.is_set():  # a forked child owns nothing of this
-            return
+        """Kill the zygote, and every session with it. Whoever waits for a result is told so."""
         with self.lock:
-            self.broken = self.broken or "the sandbox is closed"
-            self.closing.set()
-            for _ in self.threads:
-                self.jobs.put(None)
-        self.zygote.kill()
-        for thread in self.threads:
-            thread.join()
-        while not self.jobs.empty():
-            self.jobs.get()()
+            self.closed = True
+            if self.zygote:
+                self.zygote.process.kill()
+        self.threads.shutdown()
         while self.drop_longest_idle():
             pass
-        self.zygote.reap()
+        if self.zygote:
+            self.zygote.process.wait()
+            self.zygote.control.close()
 
-    def start(self) -> None:
+    def start(self) -> dict[str, str]:
         """Start the zygote, and judge by a first session what this host gives."""
         try:
-            first = self.new_process(self.closing.is_set)
-            first.kill()
-            self.report = first.report
-            off = [f"{name} ({said[5:]})" for name, said in self.report.items() if said < "on"]
-            if "seccomp" in self.layers and self.report["seccomp"] < "on":
-                remedy = "to go on at your own risk: --sandbox limits-only"
-                raise SandboxError(f"no safe sandbox on this host: without {off[-1]}; {remedy}")
-            if off:
-                print("sandbox: without " + ", ".join(off), file=sys.stderr)
-        except Exception as error:
-            self.broken = self.broken or str(error)
-        self.ready.set()
+            first = self.new_process()
+        except OSError as error:
+            text = f"the sandbox could not start: {error} (try `make setup`)"
+            raise SandboxError(text) from None
+        first.kill()
+        off = [f"{name} ({said[5:]})" for name, said in first.report.items() if said[:2] != "on"]
+        if off:
+            print("sandbox: without " + ", ".join(off), file=sys.stderr)
+        return first.report
 
-    def new_process(self, cancelled) -> "Process":
+    def new_process(self) -> "Process":
         """A fork of the zygote. Where the system has no room for it, idle sessions make room."""
         patience = time.monotonic() + 2
-        while not cancelled():
+        while True:
             try:
-                process = Process(self.zygote)
+                process = Process(self.living_zygote())
+                break
             except OSError:
                 if not self.drop_longest_idle() and time.monotonic() > patience:
                     raise
                 time.sleep(0.01)  # for its process to end
-                continue
-            if any(process.report[name] < "on" < said for name, said in self.report.items()):
-                process.kill()
-                raise SandboxError("a session could not lock itself in as the first one did")
-            return process
-        raise SandboxError("the session is closed")
+        said = process.report["seccomp"]
+        if "seccomp" in self.layers and not said.startswith("on"):
+            process.kill()
+            remedy = "to go on at your own risk: --sandbox limits-only"
+            raise SandboxError(f"no safe sandbox on this host: without seccomp ({said}); {remedy}")
+        return process
+
+    def living_zygote(self) -> "Zygote":
+        with self.lock:
+            if self.closed:
+                raise SandboxError("the sandbox is closed")
+            if self.zygote is None or self.zygote.process.poll() is not None:
+                self.zygote = Zygote(self.layers)
+            return self.zygote
 
     def shelve(self, session: Session) -> None:
         """Make an idle session's process the box's; too many, or too big, and the oldest go."""
-        self.zygote.delay = 0.0  # a snippet has run: whatever killed zygotes is over
-        self.idle[session] = max(0, private_bytes(session.process.pid) - self.zygote.memory)
+        self.idle[session] = session.process.private_bytes()
         while len(self.idle) > self.room or sum(list(self.idle.values())) > self.memory:
             self.drop_longest_idle()
-        if session.closed:
+        if session.closed.is_set():
             session.close()
 
     def drop_longest_idle(self) -> bool:
-        with contextlib.suppress(KeyError):
+        try:
             session, _ = self.idle.popitem(last=False)
-            session.process.kill()
-            return True
-        return False
-
-
-def idle_limits() -> tuple[int, int]:
-    """(how many idle sessions, of 3 descriptors and 10 MB at least; bytes of all together)."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with contextlib.suppress(OSError, ValueError):  # no cgroup, or "max": no limit there
-        group = Path("/proc/self/cgroup").read_text().split(":")[-1].strip()
-        memory = min(memory, int(Path(f"/sys/fs/cgroup{group}/memory.max").read_text()))
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd"))
-    return max(1, min(2000, (files - 50) // 3, memory // (10 << 20))), memory // 4
-
-
-def private_bytes(pid: int) -> int:
-    """Resident memory of a process that is no file's."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/statm") as file:
-        resident, shared = file.read().split()[1:3]
-        return (int(resident) - int(shared)) * resource.getpagesize()
-    return 0
+        except KeyError:
+            return False
+        session.process.kill()
+        return True
 
 
 # ---- A session's process and the zygote, as the caller sees them
@@ -317,113 +254,104 @@ class Process:
     """A fork of the zygote: a socket, a pipe of output, a pidfd. What comes out is not trusted."""
 
     def __init__(self, zygote: "Zygote"):
-        self.zygote = zygote
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.control.settimeout(5)
+        self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         read, write = os.pipe()
         os.set_blocking(read, False)
         self.output = open(read, "rb", buffering=0)
-        with theirs, open(write, "wb", buffering=0) as pipe:
-            self.pid = int(zygote.ask("fork", [theirs.fileno(), pipe.fileno()]))
-        try:
-            self.pidfd = os.pidfd_open(self.pid)
-            self.report = json.loads(self.control.recv(1000))  # before any snippet: trusted
-        except (OSError, ValueError):
-            zygote.ask(f"bury {self.pid}")
-            raise
-        self.events = select.poll()  # a message, or its death
+        with control, open(write, "wb", buffering=0) as output:
+            socket.send_fds(zygote.control, [b"fork"], [control.fileno(), output.fileno()])
+        self.control.settimeout(300)  # the zygote may still be loading
+        said = self.control.recv(1000).decode()  # before any snippet: trusted
+        if not said.startswith("{"):
+            raise OSError(said or "the sandbox's zygote has died")
+        self.report = json.loads(said)
+        self.pid = int(self.report.pop("pid"))
+        self.pidfd = os.pidfd_open(self.pid)
+        self.inherited = self.resident_bytes()
+        self.events = select.poll()
         self.events.register(self.control, select.POLLIN)
-        self.events.register(self.pidfd, select.POLLIN)
 
-    def run(self, number, code: str, timeout: float, cancelled) -> Result:
+    def run(self, number: int, code: str, seconds: float, closed: threading.Event) -> Result:
         """Send a snippet; empty the pipe by the clock (a flood then costs nothing) until it ends.
 
         Unless it ended by itself, the process is dead afterwards.
         """
-        name = secrets.token_hex(8)  # only the owner of the request can reply to it
-        request = f"{name} {number}\n".encode() + code.encode("utf-8", "surrogatepass")
-        started, said, end = time.monotonic(), b"", ""
+        started = time.monotonic()
+        said = b""
+        status = ""
         self.signal(signal.SIGCONT)
         try:
-            self.control.send(request)
+            self.control.send(f"{number}\n".encode() + code.encode("utf-8", "surrogatepass"))
         except OSError:
-            end = "crashed"
-        while not end:
+            status = "crashed"
+        while not status:
             event = self.events.poll(TICK)
             while len(said) <= OUTPUT_BYTES and (chunk := self.output.read(1 << 16)):
                 said += chunk
             if len(said) > OUTPUT_BYTES:
-                end = "output"
+                status = "output"
             elif event:
-                end = self.reply(name)
-            elif cancelled():
-                end = "crashed"
-            elif time.monotonic() - started > timeout:
-                end = "timeout"
-        seconds = time.monotonic() - started
-        output = snippet.printable(said)
-        if end in ENDED_BY_ITSELF:
-            self.signal(signal.SIGSTOP)  # a snippet that has forged its reply cannot run on
-            return Result(end, output or "(nothing was printed: use print())", seconds)
-        if self.kill() == "killed":
-            end = "killed"
-        why = STOPPED[end].format(timeout)
-        output += f"\n{why}; variables of earlier snippets are kept, its own are not"
-        return Result("memory" if end == "killed" else end, output.strip("\n"), seconds)
+                status = self.reply()
+            elif closed.is_set():
+                status = "crashed"
+            elif time.monotonic() - started > seconds:
+                status = "timeout"
+        taken = time.monotonic() - started
 
-    def reply(self, name: str) -> str:
-        """How the snippet ended, in its process's words; crashed if they are not what is due."""
-        words = []
+        output = snippet.printable(said)
+        if status in ENDED_BY_ITSELF:
+            self.signal(signal.SIGSTOP)  # a snippet that has forged its reply cannot run on
+            return Result(status, output or "(nothing was printed: use print())", taken)
+        self.kill()
+        why = STOPPED[status].format(seconds)
+        output += f"\n{why}; variables of earlier snippets are kept, its own are not"
+        return Result(status, output.strip("\n"), taken)
+
+    def reply(self) -> str:
+        """How the snippet ended, in its process's words; crashed where it says anything else."""
         with contextlib.suppress(OSError):
-            words = self.control.recv(100).decode("latin-1").split()
-        match words:
-            case [said, "ok" | "error" | "blocked" | "memory" as status] if said == name:
-                return status
-            case []:  # its socket is closed a moment before it is dead
-                self.events.unregister(self.control)
-                self.events.poll(1000)
+            said = self.control.recv(100).decode("latin-1")
+            if said in (*ENDED_BY_ITSELF, "memory"):
+                return said
         return "crashed"
 
-    def alive(self) -> bool:
-        """Whether an idle process is still there and has kept quiet."""
+    def is_idle(self) -> bool:
+        """Whether the process is still there and has kept quiet since its last reply."""
         return not self.output.closed and not self.events.poll(0)
 
+    def resident_bytes(self) -> int:
+        """Its memory that is no file's."""
+        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/statm") as file:
+            resident, shared = file.read().split()[1:3]
+            return (int(resident) - int(shared)) * resource.getpagesize()
+        return 0
+
+    def private_bytes(self) -> int:
+        return max(0, self.resident_bytes() - self.inherited)
+
     def signal(self, number: int) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # it is dead already
             signal.pidfd_send_signal(self.pidfd, number)
 
-    def kill(self) -> str:
-        """End the process. Returns "killed" if somebody's SIGKILL had come before."""
-        if self.output.closed:
-            return ""
-        os.close(self.pidfd)
-        self.control.close()
-        self.output.close()
-        with contextlib.suppress(OSError):  # the zygote is dead, and its sessions with it
-            return self.zygote.ask(f"bury {self.pid}")
-        return ""
+    def kill(self) -> None:
+        if not self.output.closed:
+            self.signal(signal.SIGKILL)
+            os.close(self.pidfd)
+            self.control.close()
+            self.output.close()
 
 
 class Zygote:
     """The process that all sessions are forks of. They die with it; then another is started."""
 
-    def __init__(self, layers: list[str], closing: threading.Event):
-        self.layers, self.closing = layers, closing
-        self.turn = threading.Lock()  # who holds it talks with the zygote
-        self.process = self.control = None  # control is None where no zygote is up
-        self.delay = 0.0  # seconds to wait before the next start
-        self.memory = 0  # that the forks share with it
-
-    def start(self) -> None:
-        """Start the zygote and wait until it has loaded; raises SandboxError."""
-        self.closing.wait(self.delay)
-        self.delay = min(10.0, 2 * self.delay + 0.1)
+    def __init__(self, layers: list[str]):
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": self.layers}
+        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": layers}
         environment = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
         for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS"):
             environment[f"{library}_NUM_THREADS"] = "1"  # a session cannot start a thread
-        environment |= {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+        if "LD_LIBRARY_PATH" in os.environ:
+            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
         python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
         with theirs:
             self.process = subprocess.Popen(
@@ -432,114 +360,56 @@ class Zygote:
                 env=environment,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is not for it
-                **dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
             )
-        if self.closing.is_set():
-            self.kill()
-        self.control.settimeout(300)
-        said = ""
-        with contextlib.suppress(OSError):
-            said = self.control.recv(1000).decode()
-        if said != "ready":
-            self.reap()
-            why = said or "its zygote ended; see `python sandbox.py --check`"
-            raise SandboxError(f"the sandbox could not start: {why} (try `make setup`)")
-        self.memory = private_bytes(self.process.pid)
-
-    def ask(self, request: str, descriptors=()) -> str:
-        """Its answer to `fork`, which starts it if need be, or `bury PID`; raises OSError."""
-        with self.turn:
-            if request == "fork" and self.control is None:
-                self.start()
-            said = ""
-            with contextlib.suppress(OSError, AttributeError):
-                socket.send_fds(self.control, [request.encode()], descriptors)
-                said = self.control.recv(200).decode()
-            if not said:
-                self.reap()
-                raise OSError("the sandbox's zygote has died")
-        if request == "fork" and not said.isdigit():
-            raise OSError(said)
-        return said
-
-    def kill(self) -> None:
-        """From any thread; its sessions die with it."""
-        if self.process:
-            self.process.kill()
-
-    def reap(self) -> None:
-        self.kill()
-        if self.process:
-            self.process.wait()
-        if self.control:
-            self.control.close()
-            self.control = None
 
 
 # ---- The zygote
 
 
 def zygote_main(config: dict) -> None:
-    """Load and say `ready`; then fork and bury as asked, until the caller is gone."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a caller may ignore it, and exec keeps that
+    """Load; then fork as often as asked, until the caller is gone."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no session becomes a zombie
     die_with(config["parent"])
     oom_score(500)  # short of memory, the kernel takes sessions (1000), then this, then the caller
+    zygote = os.getpid()
     control = socket.socket(fileno=config["fd"])
+    problem = None
     try:
         snippet.preload()
         if len(os.listdir("/proc/self/task")) != 1:
             raise RuntimeError("the zygote has more than one thread")
         config["filter"] = seccomp_filter(os.uname().machine)
     except Exception as error:
-        control.send(f"{type(error).__name__}: {error}".encode()[:1000])
-        return
-    control.send(b"ready")
-    children, dying = set(), set()
+        problem = error
     while True:
-        request, descriptors, _, _ = socket.recv_fds(control, 200, 2)
-        if not request:
+        _, descriptors, _, _ = socket.recv_fds(control, 100, 2)
+        if len(descriptors) != 2:
             return
-        dying = {pid for pid in dying if os.waitpid(pid, os.WNOHANG) == (0, 0)}
+        session, output = descriptors
         try:
-            if request == b"fork":
-                answer = fork_session(config, *descriptors)
-                children.add(answer)
-            else:
-                answer = bury(children, dying, int(request.split()[1]))
-        except Exception as error:  # no room for a process, or for its descriptors here
-            answer = f"{type(error).__name__}: {error}"
-        for descriptor in descriptors:
-            os.close(descriptor)
-        control.send(str(answer).encode())
+            if problem:
+                raise problem
+            if os.fork() == 0:
+                session_main(config, zygote, session, output)
+        except Exception as error:  # no room for a process
+            os.write(session, f"{type(error).__name__}: {error}".encode()[:1000])
+        os.close(session)
+        os.close(output)
 
 
-def bury(children: set[int], dying: set[int], pid: int) -> str:
-    """Kill a session's group while its number is still taken; it is reaped at a later request."""
-    if pid not in children:  # of a zygote before this one
-        return "gone"
-    past = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    for kill in (os.killpg, os.kill):
-        with contextlib.suppress(OSError):
-            kill(pid, signal.SIGKILL)
-    children.remove(pid)
-    dying.add(pid)
-    killed = past and (past.si_code, past.si_status) == (os.CLD_KILLED, signal.SIGKILL)
-    return "killed" if killed else "stopped"
-
-
-def fork_session(config: dict, control: int, output: int) -> int:
-    """The pid of a child that locks itself in, says how, and serves requests on descriptor 3."""
-    zygote, pid = os.getpid(), os.fork()
-    if pid:
-        return pid
+def session_main(config: dict, zygote: int, control: int, output: int) -> None:
+    """In a fork: lock itself in, say how, and run what comes on descriptor 3."""
     try:
-        os.setpgid(0, 0)
         oom_score(1000)
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(control, 3)
         os.closerange(4, 65536)
-        os.write(3, json.dumps(lock_in(config, zygote)).encode())
+        report = lock_in(config, zygote)
+        os.write(3, json.dumps({"pid": os.getpid(), **report}).encode())
         snippet.serve(guarded="namespace" in config["layers"])
     finally:
         os._exit(0)
@@ -661,23 +531,22 @@ SYSCALLS = """
     mmap 9 222               mprotect 10 226         madvise 28 233          futex 202 98
     rt_sigaction 13 134      rt_sigprocmask 14 135   rt_sigreturn 15 139     sigaltstack 131 132
     restart_syscall 219 128  nanosleep 35 101        clock_nanosleep 230 115 clock_gettime 228 113
-    clock_getres 229 114     gettimeofday 96 169     time 201 -              times 100 153
-    getrusage 98 165         sched_yield 24 124      getrandom 318 278       prlimit64 302 261
-    getpid 39 172            getppid 110 173         gettid 186 178          getuid 102 174
-    geteuid 107 175          getgid 104 176          getegid 108 177         exit 60 93
-    exit_group 231 94
+    clock_getres 229 114     gettimeofday 96 169     times 100 153           getrusage 98 165
+    sched_yield 24 124       getrandom 318 278       getpid 39 172           getppid 110 173
+    gettid 186 178           getuid 102 174          geteuid 107 175         getgid 104 176
+    getegid 108 177          exit 60 93              exit_group 231 94
 """
-ALL, PROT_EXEC, MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB = 0xFFFFFFFF, 4, 2, 15, 0x40000
-CLOCK_REALTIME = 256  # a bit of futex operations
-CHECKS = {  # (half of an argument as a word of 32 bits, bits to look at, values that may be there)
-    "mmap": [(4, PROT_EXEC, [0]), (6, MAP_TYPE | MAP_HUGETLB, [MAP_PRIVATE])],
-    "mprotect": [(4, PROT_EXEC, [0])],
-    "madvise": [(4, ALL, [4, 8, 14])],  # DONTNEED, FREE, HUGEPAGE
-    "futex": [(2, ALL ^ CLOCK_REALTIME, [128, 129, 137, 138])],  # private waits and wakes, no locks
-    "prlimit64": [(0, ALL, [0]), (4, ALL, [0]), (5, ALL, [0])],  # to read one's own
+PROT_EXEC, MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB = 4, 2, 15, 0x40000
+ALL, CLOCK_REALTIME, OF_A_PROCESS = 0xFFFFFFFF, 256, 0x80000000
+CHECKS = {  # (argument, counted from 0; bits to look at; values that may be there)
+    "mmap": [(2, PROT_EXEC, [0]), (3, MAP_TYPE | MAP_HUGETLB, [MAP_PRIVATE])],
+    "mprotect": [(2, PROT_EXEC, [0])],
+    "madvise": [(2, ALL, [4, 8, 14])],  # DONTNEED, FREE, HUGEPAGE
+    "futex": [(1, ALL ^ CLOCK_REALTIME, [128, 129, 137, 138])],  # private waits and wakes, no locks
+    "clock_gettime": [(0, OF_A_PROCESS, [0])],
+    "clock_getres": [(0, OF_A_PROCESS, [0])],
+    "clock_nanosleep": [(0, OF_A_PROCESS, [0])],
 }
-for name in ("clock_gettime", "clock_getres", "clock_nanosleep"):
-    CHECKS[name] = [(0, 0x80000000, [0])]  # this bit is set where a clock id names a process
 
 
 def seccomp_filter(machine: str) -> bytes:
@@ -690,17 +559,17 @@ def seccomp_filter(machine: str) -> bytes:
     column, architecture = ARCHITECTURES[machine]
     LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
     KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x50001, 0x50026
-    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
-    for name, *numbers in re.findall(r"(\w+) (\d+) (\d+|-)", SYSCALLS):
+    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
+    program.append((LOAD, 0, 0, 0))
+    for name, *numbers in re.findall(r"(\w+) (\d+) (\d+)", SYSCALLS):
         body = []
-        for half, bits, values in CHECKS.get(name, []):
-            body += [(LOAD, 0, 0, 16 + 4 * half), (AND, 0, 0, bits)]
+        for argument, bits, values in CHECKS.get(name, []):
+            body += [(LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, bits)]  # the lower 32 bits
             for position, value in enumerate(values):
                 body.append((EQUAL, len(values) - position, 0, value))
             body.append((RETURN, 0, 0, EPERM))
         body.append((RETURN, 0, 0, ALLOW))
-        if numbers[column] != "-":
-            program += [(EQUAL, 0, len(body), int(numbers[column])), *body]
+        program += [(EQUAL, 0, len(body), int(numbers[column])), *body]
     program += [(EQUAL, 0, 1, 435), (RETURN, 0, 0, ENOSYS)]  # clone3: libc falls back to clone
     program.append((RETURN, 0, 0, EPERM))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)

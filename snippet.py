@@ -170,16 +170,15 @@ def unwrap(code: str) -> str:
 
 
 def serve(guarded: bool) -> None:
-    """Requests `ID NUMBER\\nCODE` on descriptor 3, replies `ID STATUS`, until the socket closes.
+    """Requests `NUMBER\\nCODE` on descriptor 3, a status as reply, until the socket closes.
 
     All snippets run in one namespace, so variables are kept.
     """
     namespace = new_namespace(guarded)
     while request := os.read(3, 1 << 17):
-        head, _, code = request.partition(b"\n")
-        name, number = head.split()
+        number, _, code = request.partition(b"\n")
         status = run(code.decode("utf-8", "surrogatepass"), int(number), namespace)
-        os.write(3, name + b" " + status.encode())
+        os.write(3, status.encode())
 
 
 def run(code: str, number: int, namespace: dict) -> str:
@@ -247,9 +246,13 @@ def explain(error: BaseException) -> str:
 
 
 def printable(said: bytes) -> str:
-    """Head and tail of an output, with control characters written out: safe on a terminal."""
+    """Head and tail of an output, safe on a terminal."""
     cut = len(said) - 2 * KEEP_BYTES
     if cut > 0:
         said = said[:KEEP_BYTES] + b"\n... (%d bytes left out) ...\n" % cut + said[-KEEP_BYTES:]
-    text = said.decode("utf-8", "replace").strip("\n")
+    return escape(said.decode("utf-8", "replace").strip("\n"))
+
+
+def escape(text: str) -> str:
+    """A text with its control characters, but for newline and tab, written out."""
     return re.sub(r"[\0-\x08\x0b-\x1f\x7f-\x9f]", lambda match: ascii(match[0])[1:-1], text)

@@ -15,10 +15,13 @@ answers must be the same but for rounding, which depends on the batch.
 
 import time
 import zlib
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 from common import machine, print_head, print_row  # first
 
+import agent as loop
 from agent import open_agent
 from cli import AgentFlags, DataFlags, UserError, parse, run_main
 from data import load_problems
@@ -46,34 +49,35 @@ class Box:
         self.inner = inner
         self.slow = SLOW[slow]
         self.rounds = rounds
-        self.held = []  # snippets of this round, as calls without arguments
+        self.held = []  # snippets of this round: (the future that the loop has, how to start it)
 
     def session(self):
         session = self.inner.session()
         submit = session.submit
 
-        def submit_slowed(code: str, timeout: float) -> None:
+        def submit_slowed(code: str, seconds: float) -> Future:
             if zlib.crc32(code.encode()) % 8 == 0:
                 code = self.slow + code
-            self.held.append(lambda: submit(code, timeout))
             if not self.rounds:
-                self.held.pop()()
+                return submit(code, seconds)
+            future = Future()
+            self.held.append((future, partial(submit, code, seconds)))
+            return future
 
         session.submit = submit_slowed
         return session
 
-    def poll(self, patience: float) -> list:
+    def wait(self, running, patience: float, when: str) -> tuple:
+        """Stands for concurrent.futures.wait in agent.py."""
         if not self.rounds:
-            return self.inner.poll(patience)
+            return wait(running, patience, when)
         if not patience:  # other traces still decode
-            return []
-        held, self.held = self.held, []
-        for start in held:
-            start()
-        results = []
-        while len(results) < len(held):
-            results += self.inner.poll(1)
-        return results
+            return [], running
+        started = [(future, start()) for future, start in self.held]
+        self.held = []
+        for future, begun in started:
+            future.set_result(begun.result())
+        return wait(running)
 
 
 def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float]:
@@ -82,6 +86,7 @@ def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float]:
     list(agent.rollout(jobs[-1:]))  # not timed: now the examples are in the cache for everybody
     inner = agent.box
     agent.box = Box(inner, slow, rounds=way == "in rounds")
+    loop.wait = agent.box.wait
     parts = [jobs]
     if way == "one at a time":
         parts = [[job] for job in jobs]
@@ -89,6 +94,7 @@ def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float]:
     traces = [trace for part in parts for trace in agent.rollout(part)]
     seconds = time.perf_counter() - started
     agent.box = inner
+    loop.wait = wait
     return sorted(traces, key=lambda trace: trace.sample), seconds
 
 

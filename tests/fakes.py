@@ -7,7 +7,9 @@ limits and deltas are vLLM's (0.32): test_engine.py holds the imitation against 
 
 import dataclasses
 import itertools
+import threading
 import types
+from concurrent.futures import Future
 from pathlib import Path
 
 from agent import Agent
@@ -152,46 +154,36 @@ class FakeEngine:
 
 class FakeSession:
     def __init__(self, box):
-        self.box, self.closed, self.busy = box, False, False
+        self.box, self.closed, self.future = box, False, None
 
-    def submit(self, code, timeout):
-        assert not self.closed and not self.busy, "submitted to a closed or busy session"
-        self.busy = True
+    def submit(self, code, seconds):
+        assert not self.closed, "submitted to a closed session"
+        assert self.future is None or self.future.done(), "submitted to a busy session"
         self.box.submitted.append(code)
-        self.box.timeouts.append(timeout)
-        self.box.waiting.append([self.box.delay(code), self, self.box.answer(code)])
+        self.box.timeouts.append(seconds)
+        self.future = Future()
+        give = self.future.set_result
+        threading.Timer(self.box.delay, give, [self.box.answer(code)]).start()
+        return self.future
 
     def close(self):
         self.closed = True
 
 
 class FakeBox:
-    """reply(code) -> output or Result; wait(code) -> polls until it is back."""
+    """reply: an output, or a function of the code; delay: seconds until it is there."""
 
-    def __init__(self, reply="42", wait=0):
-        self.reply, self.wait = reply, wait
-        self.sessions, self.submitted, self.timeouts, self.waiting = [], [], [], []
+    def __init__(self, reply="42", delay=0):
+        self.reply, self.delay = reply, delay
+        self.sessions, self.submitted, self.timeouts = [], [], []
 
     def answer(self, code):
         reply = self.reply(code) if callable(self.reply) else self.reply
         return reply if isinstance(reply, Result) else Result("ok", reply, 0.01)
 
-    def delay(self, code):
-        return self.wait(code) if callable(self.wait) else self.wait
-
     def session(self):
         self.sessions.append(FakeSession(self))
         return self.sessions[-1]
-
-    def poll(self, timeout=0.0):
-        assert self.waiting, "polled although no snippet runs"
-        for entry in self.waiting:
-            entry[0] -= 1
-        done = [entry for entry in self.waiting if entry[0] < 0][::-1]
-        self.waiting = [entry for entry in self.waiting if entry[0] >= 0]
-        for _, session, _ in done:
-            session.busy = False
-        return [(session, result) for _, session, result in done if not session.closed]
 
     @property
     def open(self):
@@ -221,7 +213,7 @@ def play(tok, scripts, box=None, slots=64, max_len=4096, samples=1, prompt=AGENT
         traces[trace.problem.question, trace.sample] = trace
     assert len(traces) == len(jobs) and not engine.active
     if isinstance(box, FakeBox):
-        assert not box.open and not box.waiting
+        assert not box.open
     return {q: traces[q, 0] for q in scripts} if samples == 1 else traces, engine
 
 

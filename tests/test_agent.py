@@ -240,10 +240,10 @@ def test_a_slow_snippet_delays_nobody(qwen):
     """Traces decode while a snippet runs, and go on the moment it is back."""
     scripts = {"slow": CALL + "\n\\boxed{1}"} | {f"q{i}": "word " * 20 for i in range(3)}
     ended = []
-    box = FakeBox("42", wait=lambda code: 200)
+    box = FakeBox("42", delay=0.3)
     traces, played = play(qwen, scripts, box=box, on_event=lambda t, k, v: ended.append(k))
     assert traces["slow"].answer == "1" and played.steps < 80
-    box = FakeBox("42", wait=lambda code: 3)
+    box = FakeBox("42", delay=0.001)
     traces, played = play(qwen, {"slow": CALL + "\n\\boxed{1}", "long": "word " * 200}, box=box)
     alone = len(sampled_ids(qwen, "word " * 200)) + 1
     assert played.steps <= alone + 1  # the snippet's trace decoded beside the long one
@@ -261,7 +261,7 @@ def test_the_first_prompt_is_computed_before_others_need_its_beginning(qwen):
 @pytest.mark.parametrize("after", [0, 2])
 def test_leaving_early_leaves_nothing_behind(qwen, after):
     scripts = {f"q{i}": f"{CALL}\n" * 5 + "word " * i for i in range(6)}
-    box = FakeBox("42", wait=lambda code: 2)
+    box = FakeBox("42", delay=0.01)
     fake, loop = loop_for(qwen, scripts, box=box)
     rollout = loop.rollout([(Problem(q, q, None), 0) for q in scripts])
     for _ in range(after):
@@ -378,9 +378,15 @@ def test_ctrl_c_closes_what_is_open_and_is_one_line(qwen, monkeypatch, capsys):
 
     def answer(box, code):
         boxes.append(box)
-        raise KeyboardInterrupt
+        return Result("ok", "42", 0.01)
+
+    def wait(running, *_):
+        if running:
+            raise KeyboardInterrupt
+        return [], running
 
     monkeypatch.setattr(FakeBox, "answer", answer)
+    monkeypatch.setattr(agent, "wait", wait)
     code, out, err = run_main(qwen, monkeypatch, capsys, {"q?": CALL}, ["q?"])
     assert (code, err) == (130, "agent.py: interrupted\n") and out.endswith("</tool_call>")
     assert not boxes[0].open

@@ -108,7 +108,7 @@ OWN = {
         ["--limit", "3"],
         ["--resume"],
     ],
-    "data.py": [["--dataset", "nothing"], ["--limit", "x"], ["--where", "a"], ["--shuffle", "x"]],
+    "data.py": [["--dataset", "nothing"], ["--limit", "x"], ["--where", "a"]],
     "grade.py": [[], ["nowhere.jsonl"], ["torn.jsonl"], ["empty.jsonl"], ["."], ["a", "b"]],
     "sandbox.py": [["--no-such-flag"], ["--sandbox", "x"], []],
 }
@@ -230,7 +230,7 @@ def test_killed_sessions_and_a_killed_zygote_end_no_rollout():
         box.wait_ready()
         session = box.session()
         assert session.run("x = 5").status == "ok"
-        box.zygote.kill()
+        box.zygote.process.kill()
         time.sleep(0.5)
         statuses = [session.run("print(x)") for _ in range(2)]
         assert statuses[-1].output == "5"  # rebuilt by replay

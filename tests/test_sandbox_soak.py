@@ -56,7 +56,7 @@ def generation(box, rng) -> list:
     sums = {box.session(): 0 for _ in range(SESSIONS // 10)}
     wrong = []
     for _ in range(SNIPPETS // SESSIONS):
-        expected = {}
+        expected, futures = {}, {}
         for session in sums:
             n = rng.randrange(1, 1000)
             code = f"x = {n}\nx" if sums[session] == 0 else f"x += {n}\nx"
@@ -66,12 +66,12 @@ def generation(box, rng) -> list:
             else:
                 sums[session] += n
             expected[session] = (status, str(sums[session]))
-            session.submit(code, timeout=0.3 if status == "timeout" else 20)
-        while box.pending:
-            for session, result in box.poll(10):
-                status, output = expected[session]
-                if result.status != status or (status == "ok" and result.output != output):
-                    wrong.append((expected[session], result))
+            futures[session] = session.submit(code, 0.3 if status == "timeout" else 20)
+        for session, future in futures.items():
+            result = future.result()
+            status, output = expected[session]
+            if result.status != status or (status == "ok" and result.output != output):
+                wrong.append((expected[session], result))
     for session in sums:
         session.close()
     return wrong
