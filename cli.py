@@ -33,7 +33,7 @@ def run_main(main) -> None:
     """Run main() and exit with what it returns; what a user can mend is one line, and code 2."""
     code = 2
     try:
-        result = main()
+        result = main() or 0
         sys.stdout.flush()
         sys.exit(result)
     except BrokenPipeError:  # the reader of a pipe has left: `... | head`

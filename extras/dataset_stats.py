@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import DataFlags, UserError, parse, run_main  # noqa: E402
-from data import load_problems, topic_levels  # noqa: E402
+from data import load_problems  # noqa: E402
 
 
 @dataclass(kw_only=True)
@@ -71,7 +71,7 @@ def main() -> None:
     problems = load_problems(flags, need_answer=False)
     found = [re.search(r"-?\d+(?:\.\d+)?", str(p.meta.get(flags.difficulty_key))) for p in problems]
     histogram = Counter(float(match[0]) for match in found if match and float(match[0]) >= 0)
-    paths = [tuple(topic_levels(p.meta.get(flags.topic_key))) for p in problems]
+    paths = [tuple(str(p.meta.get(flags.topic_key) or "").split(" -> ")) for p in problems]
     paths = [path for path in paths if any(path)]
     if not paths and not histogram:
         names = f"{flags.difficulty_key} or {flags.topic_key} among {', '.join(problems[0].meta)}"

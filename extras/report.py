@@ -29,7 +29,6 @@ import tyro
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, check_range, parse, run_main  # noqa: E402
-from data import topic_levels  # noqa: E402
 from evaluate import CUT, Run, Scored, interval, load_run  # noqa: E402
 from evaluate import majority, pass_at, pieces, report, table  # noqa: E402
 from grade import Grader  # noqa: E402
@@ -107,7 +106,7 @@ def by_group(runs: list[Run], name: str, key: str) -> str:
         for scored in of_set(run, name):
             value = scored.rows[0]["meta"].get(key)
             if key == "topic" and value:
-                value = topic_levels(value)[:2][-1]
+                value = str(value).split(" -> ")[:2][-1]
             if value is not None:
                 groups.setdefault(value, [[] for _ in runs])[i].append(scored)
     if not 1 < len(groups) <= 40:

@@ -6,6 +6,7 @@ limits and deltas are vLLM's (0.32): test_engine.py holds the imitation against 
 """
 
 import dataclasses
+import io
 import itertools
 import threading
 import types
@@ -14,12 +15,11 @@ from pathlib import Path
 
 from agent import Agent
 from cli import AgentFlags
-from data import CALL_CLOSE, Problem, Prompt, problem_id, render_prompt
+from data import Problem, Prompt, problem_id, render_prompt
 from sandbox import Result
 
 ROOT = Path(__file__).resolve().parent.parent
-AGENT_PROMPT = Prompt(True, ({"role": "user", "content": "{question}"},))
-PLAIN_PROMPT = Prompt(False, ({"role": "user", "content": "{question}"},))
+PROMPT = Prompt(({"role": "user", "content": "{question}"},))
 CALL = "Let me see.\n<tool_call>\nprint(6*7)\n</tool_call>"
 WORDS = r"(?i:'s|'t|'re)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
 CHATML = (
@@ -83,7 +83,7 @@ class FakeEngine:
         from vllm.sampling_params import RequestOutputKind
 
         ids = prompt["prompt_token_ids"]
-        assert name not in self.names, "a request's name was used twice"
+        assert name not in self.active, "two requests have one name"
         assert params.output_kind is RequestOutputKind.DELTA and params.logprobs == 0
         assert params.include_stop_str_in_output and not params.skip_special_tokens
         assert params.max_tokens >= 1 and len(ids) + params.max_tokens <= self.max_len
@@ -198,17 +198,17 @@ def sampled_ids(tok, *parts) -> list[int]:
     return ids
 
 
-def play(tok, scripts, box=None, slots=64, max_len=4096, samples=1, prompt=AGENT_PROMPT, **flags):
+def play(tok, scripts, box=None, slots=64, max_len=4096, samples=1, prompt=PROMPT, **flags):
     """A trace per question (a script is a text, or ids), checked; (traces by question, engine)."""
-    on_event = flags.pop("on_event", None)
+    watch = {"on_event": flags.pop("on_event")} if "on_event" in flags else {}
     scripts = {"q": scripts} if isinstance(scripts, (str, list)) else scripts
     scripts = {q: s if isinstance(s, list) else sampled_ids(tok, s) for q, s in scripts.items()}
-    flags = AgentFlags(**{"max_tokens": 1024, "agent": prompt.agent, **flags})
     engine, box = FakeEngine(tok, prompt, scripts, max_len), box or FakeBox()
-    loop = Agent(engine, tok, box if prompt.agent else None, prompt, flags, max_len, slots)
+    flags = AgentFlags(**{"max_tokens": 1024, **flags})
+    loop = Agent(engine, tok, box, prompt, flags, max_len, slots)
     jobs = [(Problem(problem_id(q), q, None), i) for q in scripts for i in range(samples)]
     traces = {}
-    for trace in loop.rollout(jobs, on_event):
+    for trace in loop.rollout(jobs, **watch):
         check(tok, trace, engine)
         traces[trace.problem.question, trace.sample] = trace
     assert len(traces) == len(jobs) and not engine.active
@@ -246,11 +246,6 @@ def check(tok, trace, engine=None):
 
 
 def pieces(trace) -> list[tuple[str, str]]:
-    at, found = 0, []
-    for kind, n in trace.spans:
-        found.append((kind, trace.text[at : at + n]))
-        at += n
-    return found
-
-
-assert CALL_CLOSE in CALL
+    """(kind, text) of a trace's spans."""
+    text = io.StringIO(trace.text)
+    return [(kind, text.read(length)) for kind, length in trace.spans]

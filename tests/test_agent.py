@@ -7,13 +7,13 @@ import re
 import sys
 
 import pytest
-from fakes import AGENT_PROMPT, CALL, PLAIN_PROMPT, ROOT
+from fakes import CALL, PROMPT, ROOT
 from fakes import FakeBox, FakeEngine, bpe, one, pieces, play, sampled_ids
 
 import agent
 import cli
 import engine
-from agent import OUTPUT_TOKENS, Agent, inserted_allowance, snippet_in, trace_seed
+from agent import OUTPUT_TOKENS, Agent, trace_seed
 from cli import AgentFlags
 from data import SPLIT, Problem, Prompt, read_prompt, render_prompt
 from sandbox import Result, Sandbox
@@ -55,8 +55,7 @@ def test_a_call_and_an_answer(tok):
     assert "</tool_call>\n```output\n42\n```\n" in trace.text
     said = "".join(value for kind, value in seen if kind == "text")
     assert said.startswith("Let me see.") and said.endswith("So \\boxed{42}.")
-    kinds = [kind for kind, _ in seen if kind != "text"]
-    assert kinds == ["call", "output"]
+    assert [value.output for kind, value in seen if kind == "output"] == ["42"]
 
 
 def test_two_calls_share_one_session(tok):
@@ -75,7 +74,8 @@ def test_call_at_the_very_end_of_the_budget_is_not_run(tok):
 def test_nested_tags(tok):
     trace = one(tok, "<tool_call> no: " + CALL, box=FakeBox())
     assert [code for code, _ in trace.calls] == ["print(6*7)"]
-    assert snippet_in("<tool_call>a<tool_call>\nb\n</tool_call>") == "b"
+    trace = one(tok, "<tool_call>a<tool_call>\nb\n</tool_call>", box=FakeBox())
+    assert [code for code, _ in trace.calls] == ["b"]
 
 
 def test_closing_tags_that_close_nothing(tok):
@@ -133,7 +133,7 @@ def test_max_tokens_counts_sampled_tokens_only(tok):
 
 
 def test_context_full_while_decoding(tok):
-    n = len(render_prompt(tok, AGENT_PROMPT, "q"))
+    n = len(render_prompt(tok, PROMPT, "q"))
     trace = one(tok, "word " * 500, max_len=n + 30)
     assert trace.finish == "context" and len(trace.ids) == 30
     trace = one(tok, "never", max_len=n)
@@ -143,7 +143,7 @@ def test_context_full_while_decoding(tok):
 @pytest.mark.parametrize("spare", range(0, 40, 5))
 def test_context_full_around_an_output(tok, spare):
     """The output fits, or is cut, or the trace ends; the context is never exceeded."""
-    n, call = len(render_prompt(tok, AGENT_PROMPT, "q")), sampled_ids(tok, CALL)
+    n, call = len(render_prompt(tok, PROMPT, "q")), sampled_ids(tok, CALL)
     script = call + sampled_ids(tok, "word " * 200)
     box = FakeBox("1234567890 " * 5)
     trace = one(tok, script, box=box, max_len=n + len(call) + spare)
@@ -163,25 +163,18 @@ def test_huge_output_is_cut(tok):
     assert trace.answer == "1" and trace.mask.count(0) <= OUTPUT_TOKENS + 40
 
 
-def test_allowance_for_outputs_used_up(tok):
-    allowed = inserted_allowance(AgentFlags(max_tokens=1024))
-    text = "<tool_call>\n1\n</tool_call>\n" * 9
-    trace = one(tok, text, box=FakeBox("1234 " * 300), max_len=100_000)
-    assert trace.finish == "context" and len(trace.calls) >= 2
-    assert allowed - 40 < trace.mask.count(0) <= allowed
-
-
 def test_no_agent_is_one_request_with_no_tool(tok):
     text = CALL + "\nbox \\boxed{2} </tool_call> more"
-    traces, played = play(tok, text, prompt=PLAIN_PROMPT)
+    box = FakeBox()
+    traces, played = play(tok, text, box=box, agent=False)
     trace = traces["q"]
     assert trace.calls == [] and trace.finish == "eos" and trace.answer == "2"
-    assert len(played.names) == 1 and [kind for kind, _ in pieces(trace)] == ["model"]
+    assert len(played.names) == 1 and not box.sessions
 
 
 def test_a_base_model_that_begins_the_next_question_is_stopped(tok):
-    prompt = Prompt(False, (), "Q: {question}\nA:", ("\nUser:",))
-    trace = one(tok, "It is \\boxed{4}.\nUser: and 5? \\boxed{5}", prompt=prompt)
+    prompt = Prompt(text="Q: {question}\nA:", stops=("\nUser:",))
+    trace = one(tok, "It is \\boxed{4}.\nUser: and 5? \\boxed{5}", prompt=prompt, agent=False)
     assert trace.finish == "eos" and trace.answer == "4" and "and 5" not in trace.text
 
 
@@ -212,11 +205,11 @@ def test_the_real_sandbox(qwen):
 # ---- Many traces
 
 
-def loop_for(tok, scripts, prompt=AGENT_PROMPT, flags=None, box=None, slots=64):
+def loop_for(tok, scripts, flags=None, box=None, slots=64):
     """(fake engine, Agent) for these scripts."""
-    fake = FakeEngine(tok, prompt, {q: sampled_ids(tok, s) for q, s in scripts.items()}, 4096)
+    fake = FakeEngine(tok, PROMPT, {q: sampled_ids(tok, s) for q, s in scripts.items()}, 4096)
     flags = flags or AgentFlags(max_tokens=1024)
-    return fake, Agent(fake, tok, box or FakeBox(), prompt, flags, 4096, slots)
+    return fake, Agent(fake, tok, box or FakeBox(), PROMPT, flags, 4096, slots)
 
 
 def test_samples_of_one_problem_and_lazy_jobs(qwen):
@@ -327,7 +320,7 @@ def run_main(tok, monkeypatch, capsys, scripts, argv, stdin=""):
     @contextlib.contextmanager
     def fake_agent(flags, problems, traces):
         agent.check_flags(flags)
-        yield loop_for(tok, scripts, AGENT_PROMPT if flags.agent else PLAIN_PROMPT, flags)[1]
+        yield loop_for(tok, scripts, flags)[1]
 
     monkeypatch.setattr(agent, "open_agent", fake_agent)
     monkeypatch.setattr(sys, "argv", ["agent.py", *argv])
@@ -350,7 +343,7 @@ def test_main_votes_and_says_why_a_trace_was_cut(qwen, monkeypatch, capsys):
     code, out, _ = run_main(
         qwen, monkeypatch, capsys, scripts, ["--n", "3", "-"], stdin=" q\xe9?\n"
     )
-    assert code == 0 and out.count("eos: 42") == 3 and "3 of 3 votes" in out
+    assert code == 0 and out.count("answer: 42") == 3 and "vote: 42 (3 of 3)" in out
     flags = ["q?", "--max-tokens", "20"]
     code, out, _ = run_main(qwen, monkeypatch, capsys, {"q?": "hm " * 100}, flags)
     assert code == 0 and "answer: none" in out and "cut by max_tokens" in out

@@ -128,9 +128,8 @@ class ScriptedAgent:
             self.asked.append((problem.id, sample))
             right = random.Random(f"{problem.id}/{sample}").random() < 0.6
             trace = Trace(problem, sample, [1, 2], [3, 4], [1, 1], [-1.0, -1.0], finish="eos")
-            trace.answer = problem.answer if right else "-1"
-            trace.text = "so \u2028 \\boxed{}"
-            trace.spans = [("model", len(trace.text))]
+            answer = problem.answer if right else "-1"
+            trace.texts = [f"so \u2028 \\boxed{{{answer}}}"]
             trace.calls = [("1", Result("ok", "1", 0.1))]
             yield trace
 

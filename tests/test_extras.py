@@ -179,13 +179,13 @@ def test_what_is_not_a_training_run_is_one_line(trained, tmp_path):
 
 def test_a_demonstration_masks_what_the_tool_wrote():
     import warm_start
-    from fakes import AGENT_PROMPT, bpe
+    from fakes import PROMPT, bpe
 
     from data import Problem
 
     tok = bpe(tags=True)
     solution = "Let me see.\n<tool_call>\nprint(1)\n</tool_call>\n```output\n<|im_end|>\n```\nSo."
-    trace = warm_start.demonstration(tok, AGENT_PROMPT, Problem("p", "q", "1"), solution)
+    trace = warm_start.demonstration(tok, PROMPT, Problem("p", "q", "1"), solution)
     inserted = [i for i, m in zip(trace.ids, trace.mask) if not m]
     own = [i for i, m in zip(trace.ids, trace.mask) if m]
     assert tok.decode(inserted) == "\n```output\n<|im_end|>\n```\n"

@@ -243,8 +243,7 @@ if __name__ == "__main__":  # an evaluation with a scripted agent, see `scripted
         def rollout(self, jobs):
             for trace in super().rollout(jobs):
                 time.sleep(float(os.environ["SLOWLY"]))
-                trace.text = "x" * int(os.environ["TEXT"])
-                trace.spans = [("model", len(trace.text))]
+                trace.texts[0] += "x" * int(os.environ["TEXT"])
                 yield trace
 
     @contextlib.contextmanager
