@@ -204,19 +204,16 @@ class Agent:
                 if live.session:
                     live.session.close()
 
-    def room(self, trace: Trace) -> int:
-        """Tokens until the engine's context is full."""
-        return self.max_len - len(trace.prompt_ids) - len(trace.ids)
-
     def request(self, live: Live) -> str | None:
         """Hand prompt + ids so far to the engine; returns the request's name, None at the end."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         flags, trace = self.flags, live.trace
-        left = min(flags.max_tokens - trace.sampled, self.room(trace))
+        room = self.max_len - len(trace.prompt_ids + trace.ids)  # in the engine's context
+        left = min(flags.max_tokens - trace.sampled, room)
         if left < 1 and not trace.finish:
-            trace.finish = "context" if trace.sampled < flags.max_tokens else "max_tokens"
+            trace.finish = "context" if left == room else "max_tokens"
         if trace.finish:
             return None
 
@@ -255,16 +252,13 @@ class Agent:
         return text
 
     def next_place(self, live: Live, new) -> str:
-        """decoding (the request goes on), running (a call to run), or ready: a new request is due,
-        or the trace ends and trace.finish says why.
-        """
+        """decoding (it goes on), running (a call), or ready (for a new request or the end)."""
         flags, trace = self.flags, live.trace
         closed = new.stop_reason == CALL_CLOSE
         if closed and CALL_OPEN in trace.texts[-1]:
             # Of several opening tags the last one counts: the model began anew.
             _, _, code = trace.texts[-1].rpartition(CALL_OPEN)
-            code, _, _ = code.partition(CALL_CLOSE)
-            live.code = code.strip("\n")
+            live.code = code.partition(CALL_CLOSE)[0].strip("\n")
             if len(trace.calls) >= flags.max_calls:
                 trace.finish = "max_calls"
             elif trace.sampled < flags.max_tokens:  # else nobody could read the output
@@ -293,7 +287,8 @@ class Agent:
         shown = encode(tok, disarm(tok, output))
         after = encode(tok, "\n```\n")
 
-        room = self.room(trace) - len(before) - len(after) - 1  # for a token that the model adds
+        around = len(before + after) + 1  # and a token that the model adds
+        room = self.max_len - len(trace.prompt_ids + trace.ids) - around
         room = min(room, OUTPUT_TOKENS)
         if len(shown) > room:
             cut = encode(tok, "\n[... cut ...]\n")
@@ -325,8 +320,8 @@ def check_flags(flags: AgentFlags) -> Prompt:
         flags.seed = random.SystemRandom().randrange(2**31)
     check_range(flags, 0, 2, "temperature")
     check_range(flags, 1e-6, 1, "top_p", "gpu_memory_utilization")
-    check_range(flags, 0, 1e6, "top_k", "max_calls", "snippet_seconds")
-    check_range(flags, 1, 1e9, "max_tokens", "batch", "tensor_parallel")
+    check_range(flags, 0, 10**6, "top_k", "max_calls", "snippet_seconds")
+    check_range(flags, 1, 10**9, "max_tokens", "batch", "tensor_parallel")
     if flags.lora not in (None, "none"):
         adapter_config(flags.lora)
     return read_prompt(flags)
@@ -334,14 +329,12 @@ def check_flags(flags: AgentFlags) -> Prompt:
 
 @contextlib.contextmanager
 def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: bool = False):
-    """An Agent for the flags, ready for `traces` traces of `problems`. Raises UserError.
-
-    sleep: see load_engine. The sandbox starts first: its imports run while the engine loads.
-    """
+    """An Agent for `traces` traces of `problems`. sleep: see load_engine. Raises UserError."""
     prompt = check_flags(flags)
     prepare_environment(flags.verbose)
     if flags.model != "embedded":
         go_offline_without_hub()
+    # The sandbox starts first: its imports run while the engine loads.
     with Sandbox(mode=flags.sandbox) if flags.agent else contextlib.nullcontext() as box:
         model, lora = resolve_model(flags.model, flags.lora)
         tokenizer = load_tokenizer(model)
@@ -390,36 +383,27 @@ def solve(agent: Agent, question: str, n: int) -> dict:
         if n == 1:
             print(escape(text), end="", flush=True)
 
-    traces = []
     problem = Problem(problem_id(question), question, answer=None)
     jobs = [(problem, sample) for sample in range(n)]
+    rows = {}  # by sample number
     for trace in agent.rollout(jobs, show):
-        traces.append(trace)
         cost = f"{trace.sampled} tokens, {len(trace.calls)} calls, {trace.seconds:.1f} s"
         if trace.finish not in ("eos", "answer"):
             cost += f", cut by {trace.finish}"
         print(escape(f"\nanswer: {trace.answer or 'none'}\n({cost})"), flush=True)
-    traces.sort(key=lambda trace: trace.sample)
-    winner, clusters = vote([trace.answer for trace in traces])
+        rows[trace.sample] = {
+            "text": trace.text,
+            "answer": trace.answer,
+            "finish": trace.finish,
+            "tokens": trace.sampled,
+            "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
+        }
+    traces = [rows[sample] for sample in range(n)]
+    winner, clusters = vote([trace["answer"] for trace in traces])
     votes = [{"answer": answer, "count": count} for answer, count, _ in clusters]
     if n > 1 and votes:
         print(escape(f"\nvote: {winner} ({votes[0]['count']} of {n})"))
-    return {
-        "problem": question,
-        "answer": winner,
-        "votes": votes,
-        "traces": [trace_json(trace) for trace in traces],
-    }
-
-
-def trace_json(trace: Trace) -> dict:
-    return {
-        "text": trace.text,
-        "answer": trace.answer,
-        "finish": trace.finish,
-        "tokens": trace.sampled,
-        "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
-    }
+    return {"problem": question, "answer": winner, "votes": votes, "traces": traces}
 
 
 def ask() -> Iterator[str]:
@@ -436,7 +420,7 @@ def ask() -> Iterator[str]:
 
 def main() -> None:
     flags = parse(Flags)
-    check_range(flags, 1, 1e6, "n")
+    check_range(flags, 1, 10**6, "n")
     text = flags.problem or ""
     if text == "-":
         text = sys.stdin.buffer.read().decode("utf-8", "replace")
