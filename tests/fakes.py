@@ -73,7 +73,7 @@ class FakeEngine:
 
     def __init__(self, tok, prompt: Prompt, scripts: dict[str, list[int]], max_len: int):
         self.tok, self.max_len = tok, max_len
-        self.steps, self.peak, self.names, self.aborted = 0, 0, set(), []
+        self.steps, self.names = 0, set()
         self.active: dict[str, types.SimpleNamespace] = {}
         self.records = {question: [] for question in scripts}
         self.scripts = [(render_prompt(tok, prompt, q), q, s) for q, s in scripts.items()]
@@ -103,7 +103,6 @@ class FakeEngine:
         stream = DecodeStream(ids=ids, skip_special_tokens=False)
         request = types.SimpleNamespace(record=record, params=params, n=0, text="", stream=stream)
         self.active[name] = request
-        self.peak = max(self.peak, len(self.active))
 
     def step(self):
         assert self.active, "step without a request"
@@ -147,7 +146,6 @@ class FakeEngine:
 
     def abort_request(self, names):
         for name in names:
-            self.aborted.append(name)
             if name in self.active:
                 self.active.pop(name).record.busy = False
 

@@ -7,7 +7,7 @@ import re
 import sys
 
 import pytest
-from fakes import CALL, PROMPT, ROOT
+from fakes import CALL, PROMPT
 from fakes import FakeBox, FakeEngine, bpe, one, pieces, play, sampled_ids
 
 import agent
@@ -56,19 +56,6 @@ def test_a_call_and_an_answer(tok):
     said = "".join(value for kind, value in seen if kind == "text")
     assert said.startswith("Let me see.") and said.endswith("So \\boxed{42}.")
     assert [value.output for kind, value in seen if kind == "output"] == ["42"]
-
-
-def test_two_calls_share_one_session(tok):
-    box = FakeBox()
-    trace = one(tok, f"{CALL}\n{CALL}\n\\boxed{{1}}", box=box)
-    assert len(trace.calls) == 2 and len(box.sessions) == 1 and trace.answer == "1"
-
-
-def test_call_at_the_very_end_of_the_budget_is_not_run(tok):
-    box = FakeBox()
-    n = len(sampled_ids(tok, CALL))
-    trace = one(tok, CALL + "\n", box=box, max_tokens=n)
-    assert trace.finish == "max_tokens" and not box.submitted and trace.sampled == n
 
 
 def test_nested_tags(tok):
@@ -122,17 +109,15 @@ def test_no_answer_in_an_output_or_an_unclosed_call_or_an_empty_box(tok):
     assert trace.answer == "5"
 
 
-def test_max_calls(tok):
+def test_limits(tok):
+    """Sampled tokens count, inserted ones do not; what nobody could read is not run."""
+    box = FakeBox("1234 " * 60)
+    trace = one(tok, CALL + " word" * 300, box=box, max_tokens=60)
+    assert trace.finish == "max_tokens" and trace.sampled == 60 and len(trace.ids) > 100
+    trace = one(tok, CALL + "\n", box=FakeBox(), max_tokens=len(sampled_ids(tok, CALL)))
+    assert trace.finish == "max_tokens" and trace.calls == []
     trace = one(tok, f"{CALL}\n" * 4, max_calls=2)
     assert trace.finish == "max_calls" and len(trace.calls) == 2
-
-
-def test_max_tokens_counts_sampled_tokens_only(tok):
-    trace = one(tok, CALL + " word" * 300, box=FakeBox("1234 " * 60), max_tokens=60)
-    assert trace.finish == "max_tokens" and trace.sampled == 60 and len(trace.ids) > 100
-
-
-def test_context_full_while_decoding(tok):
     n = len(render_prompt(tok, PROMPT, "q"))
     trace = one(tok, "word " * 500, max_len=n + 30)
     assert trace.finish == "context" and len(trace.ids) == 30
@@ -159,8 +144,8 @@ def test_huge_output_is_cut(tok):
     (shown,) = [text for kind, text in pieces(trace) if kind == "output"]
     assert "start 1234" in shown and "finish" in shown and "[... cut ...]" in shown
     assert shown.endswith("\n```\n") and trace.answer == "1"
-    trace = one(tok, CALL + "\n\\boxed{1}", box=FakeBox("🙂é" * 3000))  # inside characters
-    assert trace.answer == "1" and trace.mask.count(0) <= OUTPUT_TOKENS + 40
+    trace = one(tok, CALL + "\n\\boxed{1}", box=FakeBox("🙂é" * 3000))  # cut inside characters
+    assert trace.answer == "1"
 
 
 def test_no_agent_is_one_request_with_no_tool(tok):
@@ -195,11 +180,9 @@ def test_the_real_sandbox(qwen):
         assert [result.status for _, result in trace.calls] == ["ok", "timeout", "ok"]
         assert trace.calls[2][1].output == "42"  # a time-out loses nothing that came before
 
-        count = 60
-        scripts = {f"q{i}": f"<tool_call>\nprint({i} ** 2)\n</tool_call>\n" for i in range(count)}
+        scripts = {f"{i}": f"<tool_call>\nprint({i} ** 2)\n</tool_call>\n" for i in range(40)}
         traces, _ = play(qwen, scripts, box=box, slots=16)
-        outputs = [traces[f"q{i}"].calls[0][1].output for i in range(count)]
-        assert outputs == [str(i**2) for i in range(count)]
+        assert all(traces[i].calls[0][1].output == str(int(i) ** 2) for i in scripts)
 
 
 # ---- Many traces
@@ -242,15 +225,6 @@ def test_a_slow_snippet_delays_nobody(qwen):
     assert played.steps <= alone + 1  # the snippet's trace decoded beside the long one
 
 
-def test_the_first_prompt_is_computed_before_others_need_its_beginning(qwen):
-    scripts = {f"q{i}": "word " * 30 for i in range(40)}
-    fake, loop = loop_for(qwen, scripts, slots=32)
-    step, together = fake.step, []
-    fake.step = lambda: together.append(len(fake.active)) or step()
-    list(loop.rollout([(Problem(q, q, None), 0) for q in scripts]))
-    assert together[:3] == [1, 8, 32]
-
-
 @pytest.mark.parametrize("after", [0, 2])
 def test_leaving_early_leaves_nothing_behind(qwen, after):
     scripts = {f"q{i}": f"{CALL}\n" * 5 + "word " * i for i in range(6)}
@@ -268,11 +242,8 @@ def test_leaving_early_leaves_nothing_behind(qwen, after):
 
 
 def test_seeds_differ_by_problem_sample_and_request_and_repeat():
-    seeds = {
-        trace_seed(s, p, i, r) for s in (0, 1) for p in "ab" for i in range(12) for r in range(12)
-    }
-    assert len(seeds) == 2 * 2 * 12 * 12 and all(0 <= seed < 2**63 for seed in seeds)
-    assert trace_seed(0, "a", 1, 11) != trace_seed(0, "a", 11, 1)
+    seeds = {trace_seed(s, p, i, r) for s in (0, 1) for p in "ab" for i in (1, 11) for r in (1, 11)}
+    assert len(seeds) == 16 and all(0 <= seed < 2**63 for seed in seeds)
     assert trace_seed(5, "a", 1, 2) == trace_seed(5, "a", 1, 2)
 
 
@@ -369,39 +340,13 @@ def test_json_is_one_object_and_nothing_else(qwen, monkeypatch, capfd):
 def test_ctrl_c_closes_what_is_open_and_is_one_line(qwen, monkeypatch, capsys):
     boxes = []
 
-    def answer(box, code):
-        boxes.append(box)
-        return Result("ok", "42", 0.01)
-
     def wait(running, *_):
         if running:
             raise KeyboardInterrupt
         return [], running
 
-    monkeypatch.setattr(FakeBox, "answer", answer)
+    monkeypatch.setattr(FakeBox, "answer", lambda box, code: boxes.append(box))
     monkeypatch.setattr(agent, "wait", wait)
     code, out, err = run_main(qwen, monkeypatch, capsys, {"q?": CALL}, ["q?"])
     assert (code, err) == (130, "agent.py: interrupted\n") and out.endswith("</tool_call>")
     assert not boxes[0].open
-
-
-MISTAKES = [  # junk for every flag: test_faults.py
-    (["q", "r"], "r"),
-    ([""], "no problem"),
-    (["-"], "no problem"),
-    (["--n", "0", "q"], "--n"),
-    (["--json"], "no problem"),
-    (["--temperature", "nan", "q"], "--temperature"),
-    (["--few-shot", "nosuch.txt", "q"], "nosuch.txt"),
-    (["--prompt", "nosuch.txt", "q"], "nosuch.txt"),
-    (["--prompt", "r1-zero", "q"], "--no-agent"),
-    (["--lora", "tests", "q"], "not a PEFT adapter folder"),
-]
-
-
-@pytest.mark.parametrize(("argv", "match"), MISTAKES)
-def test_mistakes_are_one_line_and_exit_code_2(qwen, monkeypatch, capsys, argv, match):
-    monkeypatch.chdir(ROOT)
-    code, out, err = run_main(qwen, monkeypatch, capsys, {}, argv)
-    assert code == 2 and out == "" and match in err
-    assert re.fullmatch(r"agent\.py: [^\n]*\n", err), err

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from unicodedata import normalize
 
@@ -72,17 +71,15 @@ def test_where_and_limit(rows):
     assert questions(dataset=rows, limit=2) == ["1 + 1?", "2 + 2?"]
 
 
-def test_a_file_needs_no_cache_no_network_and_no_heavy_library_and_is_read_anew(rows):
+def test_a_file_needs_no_cache_no_network_and_no_heavy_library(rows):
     code = (
         "import sys; from cli import DataFlags; from data import load_problems\n"
-        f"flags = DataFlags(dataset={rows!r})\n"
-        "before = len(load_problems(flags)), len(load_problems(DataFlags()))\n"
-        'open(flags.dataset, \'a\').write(\'{"problem": "4?", "answer": "8"}\\n\')\n'
-        "print(*before, len(load_problems(flags)), {'datasets', 'torch'} & set(sys.modules))"
+        f"print(len(load_problems(DataFlags(dataset={rows!r}))), len(load_problems(DataFlags())),"
+        " {'datasets', 'torch'} & set(sys.modules))"
     )
     nowhere = {"HOME": "/dev/null/x", "HF_HOME": "/dev/null/y", "HF_ENDPOINT": "http://127.0.0.1:9"}
     done = python("-c", code, env={**os.environ, **nowhere})
-    assert (done.stdout, done.stderr) == ("3 200 4 set()\n", "")
+    assert (done.stdout, done.stderr) == ("3 200 set()\n", "")
 
 
 def test_answers_and_questions_as_they_are_written(tmp_path):
@@ -117,20 +114,12 @@ def test_gold_answers(value, answer):
     assert clean_answer(value) == answer
 
 
-FILES = [
+FILES = [  # more of them: test_faults.py
     ("rows.jsonl", "", "no rows"),
-    ("rows.jsonl", "\n\n", "no rows"),
     ("rows.jsonl", '{"problem": "1?", "answer": "1"}\n{"probl', "cannot be read"),
-    ("rows.jsonl", "null\n", "cannot be read"),
-    ("rows.json", '[null, {"problem": "1?"}]', "cannot be read"),
-    ("rows.jsonl", "\0" * 1000, "cannot be read"),
-    ("rows.jsonl", "[1, 2]", "not one value for each name"),
     ("rows.jsonl", '{"x": 1}\n', "--question-key"),
-    ("rows.jsonl", '{"problem": "1 + 1?"}\n', "--answer-key"),
     ("rows.jsonl", '{"problem": "x", "answer": " "}\n', "no answer"),
-    ("rows.csv", "problem,answer\n", "no rows"),
     ("rows.csv", "problem,answer\n1?,1\n2?,1,2\n", "not one value for each name"),
-    ("rows.parquet", "not parquet", "cannot be read"),
     ("rows.txt", "x", "unknown dataset"),
 ]
 
@@ -147,11 +136,9 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path, name, text, match, mon
 def test_other_mistakes_are_one_line(rows):
     for flags, match in (
         ({"dataset": "arithmetic.jsonl"}, "No such file"),  # a file, not the built-in set
-        ({"dataset": "nosuch"}, "unknown dataset"),
         ({"dataset": rows, "limit": 0}, "--limit"),
         ({"dataset": rows, "where": ("level",)}, "--where is like level=4-5"),
         ({"dataset": rows, "where": ("nosuch=1",)}, "of: problem, answer, level, topic"),
-        ({"dataset": rows, "where": ("level=9",)}, "no rows"),
         ({"dataset": "arithmetic", "split": "nosuch"}, "no rows"),
     ):
         with pytest.raises(UserError, match=match) as caught:
@@ -169,21 +156,14 @@ def test_no_network_is_one_line(monkeypatch, tmp_path):
 # ---- The built-in set
 
 
-def test_the_built_in_set():
-    test, train = load(dataset="arithmetic"), load(dataset="arithmetic", split="train")
-    assert (len(test), len(train)) == (200, 2000)
-    assert not {p.id for p in test} & {p.id for p in train}
-    assert test[0].question == "Calculate 11 * 85." and test[0].answer == "935"
-    families = Counter((p.meta["family"], p.meta["difficulty"]) for p in train)
-    assert len(families) == 45 and min(families.values()) >= 44
-
-
-def test_the_generator_makes_the_file_byte_for_byte(tmp_path):
+def test_the_built_in_set_is_what_its_generator_makes(tmp_path):
     done = python("extras/make_arithmetic.py", tmp_path / "made.jsonl")
     assert done.returncode == 0, done.stderr
     file = ROOT / "problems" / "arithmetic.jsonl"
     assert (tmp_path / "made.jsonl").read_bytes() == file.read_bytes()
-    assert file.stat().st_size < 2_000_000
+    test, train = load(dataset="arithmetic"), load(dataset="arithmetic", split="train")
+    assert (len(test), len(train)) == (200, 2000) and test[0].answer == "935"
+    assert not {p.id for p in test} & {p.id for p in train}
 
 
 # ---- Prompts
