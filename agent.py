@@ -26,6 +26,7 @@ import hashlib
 import itertools
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -40,7 +41,7 @@ from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
 from data import disarm, encode, problem_id, read_prompt, render_prompt
 from engine import adapter_config, context_length, load_engine, load_tokenizer
 from engine import prepare_environment, resolve_model
-from grade import TOOLS, extract_answer, vote
+from grade import extract_answer, vote
 from sandbox import Result, Sandbox, SandboxError, Session
 from snippet import escape
 
@@ -81,7 +82,8 @@ class Trace:
     @property
     def answer(self) -> str | None:
         """The last box in the model's own prose: not in a call, not in an output."""
-        prose = TOOLS.sub("", self.text)
+        calls = rf"{CALL_OPEN}.*?(?:{CALL_CLOSE}|\Z)"
+        prose = re.sub(calls, "", "".join(self.texts[::2]), flags=re.DOTALL)
         return extract_answer(prose)
 
     @property

@@ -66,7 +66,7 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
     if not found:
         where = " ".join(flags.where)
         names = ", ".join(row)
-        raise UserError(f"{name}: no rows {where} (--where is like level=4-5, of: {names})")
+        raise UserError(f"{name}: no rows {where} (columns: {names})")
     return list(found.values())
 
 
@@ -164,7 +164,9 @@ def matches(row: dict, condition: str) -> bool:
     """`topic=Algebra`: the column has this value, or has it among its levels, `Math -> Algebra`.
     `level=4-5`: the first number in it, as in `Level 5`, is in the range.
     """
-    key, _, want = condition.partition("=")
+    key, equals, want = condition.partition("=")
+    if not equals:
+        raise UserError(f"--where {condition}: write it as level=4-5")
     value = "" if row.get(key) is None else str(row[key])
     low, _, high = want.partition("-")
     try:

@@ -137,8 +137,8 @@ def test_other_mistakes_are_one_line(rows):
     for flags, match in (
         ({"dataset": "arithmetic.jsonl"}, "No such file"),  # a file, not the built-in set
         ({"dataset": rows, "limit": 0}, "--limit"),
-        ({"dataset": rows, "where": ("level",)}, "--where is like level=4-5"),
-        ({"dataset": rows, "where": ("nosuch=1",)}, "of: problem, answer, level, topic"),
+        ({"dataset": rows, "where": ("level",)}, "--where level: write it as"),
+        ({"dataset": rows, "where": ("nosuch=1",)}, "columns: problem, answer, level, topic"),
         ({"dataset": "arithmetic", "split": "nosuch"}, "no rows"),
     ):
         with pytest.raises(UserError, match=match) as caught:

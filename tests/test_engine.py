@@ -253,13 +253,6 @@ def test_what_vllm_is_told_of_an_adapter():
     assert "lora_target_modules" not in engine.lora_options({"r": 8, "target_modules": ".*_proj"})
 
 
-def test_a_problem_longer_than_the_context_is_one_line(monkeypatch):
-    monkeypatch.setattr(engine, "load_engine", None)
-    with pytest.raises(UserError, match="shorten the problem"):
-        with open_agent(RAW, [Problem("p", "1 + " * 9000, None)], 1):
-            pass
-
-
 def test_a_seed_is_drawn_and_recorded():
     first, second = AgentFlags(seed=-1), AgentFlags(seed=-1)
     check_flags(first)
