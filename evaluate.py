@@ -205,7 +205,7 @@ def run(flags: Flags) -> None:
         path = out / (f"traces-{team.rank}.jsonl" if team.rank else "traces.jsonl")
         with open_agent(flags, problems, len(jobs)) as agent:
             traces = agent.rollout(jobs)
-            for trace in tqdm(traces, total=len(jobs), unit="trace", mininterval=5):
+            for trace in tqdm(traces, total=len(jobs), mininterval=5, disable=team.rank > 0):
                 write_log(path, trace_row(trace))  # the moment it ends
     team.gather("done")  # wait for the others; UserError where one has failed
     if team.rank == 0:

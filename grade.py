@@ -170,7 +170,7 @@ def same_number(gold: str, answer: str) -> bool | None:
     return x == y or rounds(x, Fraction(y)) or rounds(y, Fraction(x))
 
 
-WORDS = r"\\text\{[A-Za-z '.,-]+\}|[A-Z]{2,}|[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z '.,-]+"
+WORDS = r"\\text\{[A-Za-z .,-]+\}|[A-Z]{2,}|[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z .,-]+"
 NOISE = r"\\text|[\s{}\"!?]|[.,](?!\d)"  # a point in 1.5 is none
 
 
