@@ -11,27 +11,22 @@ A wrong answer taken for right is a reward for a mistake; a right one taken for 
 So a rule in doubt says no. And computer algebra on what a model wrote can run for ever or eat all
 memory: `Grader` does it in processes that the kernel ends.
 
-Left out: times of day, number bases, letters of multiple choice, conversion between units, and a
-language model as judge, whose verdicts would not repeat.
+Left out: answers without a box, times of day, number bases, letters of multiple choice, conversion
+between units, and a language model as judge, whose verdicts would not repeat.
 """
 
 import contextlib
 import json
-import logging
-import math
 import os
 import re
 import resource
 import signal
 import subprocess
 import sys
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
-from functools import lru_cache
-from itertools import accumulate
 from pathlib import Path
 from queue import LifoQueue
 from typing import NamedTuple
@@ -51,123 +46,67 @@ def extract_answer(text: str) -> str | None:
     """
     answer = None
     opened = []  # a stack of (is it a box's brace, where its content starts)
-    for brace in re.finditer(r"(\\(?:boxed|fbox)\s*)?\{|\}|\\.", text, re.DOTALL):
-        if brace[0].startswith("\\") and not brace[1]:  # \{ and \} are a set's, not LaTeX's
-            continue
-        if brace[0] != "}":
+    for brace in re.finditer(r"(\\+(?:boxed|fbox)\s*)?\{|\}|\\.", text, re.DOTALL):
+        if brace[0] == "{" or brace[1]:
             opened.append((brace[1], brace.end()))
-        elif opened:
+        elif brace[0] == "}" and opened:
             is_box, start = opened.pop()
-            content = text[start : brace.start()].strip() if is_box else ""
+            content = is_box and text[start : brace.start()].strip()
             answer = content or answer
     return answer
 
 
-# What tools were told and answered is not the model's answer.
-TOOLS = re.compile(r"```(?:output|python|py).*?(?:```|\Z)|<tool_call>.*?(?:</tool_call>|\Z)", re.S)
-ANNOUNCED = re.compile(r"(?:answer(?: is|:)|####)[ :*]*(.+?)\.?(?: I hope.*|<\|.*)?$", re.I | re.M)
-FORMULA = re.compile(r"\$+([^$]*[\d\\][^$]*)\$|\\[(\[](.*?)\\[)\]]|(-?\d[\d,]*(?:[./]\d+)?%?)")
-
-
-def fallback_answer(text: str) -> str | None:
-    """A guess for a text without a box: the last formula or number after the last «answer is»,
-    «answer:» or «####», else of the last line that has one.
-    """
-    prose = TOOLS.sub("", text)
-    announced = ANNOUNCED.findall(prose)[-1:]
-    for part in announced + prose.splitlines()[::-1]:
-        found = FORMULA.findall(part)
-        if found:
-            return "".join(found[-1]).strip(" ,")
-    return None
-
-
 # ---- Tidy: one spelling for what LaTeX can write in many ways
 
-# What stands for which commands and characters.
+# First these, then math-verify's own (\left, \dfrac, \mathrm, \frac12, `x and y`, percent ...).
 SPELLINGS = {
-    "": "left right big bigl bigr Big Bigl Bigr bigg Bigg displaystyle textstyle limits",
-    r"\text": "mathrm mathbf mathit textbf textit textrm textnormal operatorname mbox boxed",
-    r"\frac": "dfrac tfrac cfrac",
-    " ": "quad qquad \u2009",
-    r"\le ": "leq leqslant ≤",
-    r"\ge ": "geq geqslant ≥",
-    r"\ne ": "neq ≠",
-    "=": "in ∈",  # x \in [0, 1) names a value, as x = 5 does
-    "∪": "cup",
-    "≈": "approx simeq",
-    "°": "circ degree",
-    r"\infty ": "∞",
-    r"\emptyset ": "varnothing ∅",
-    "(": "langle",
-    ")": "rangle",
-    "-": "− –",
-    r"\times ": "×",
-    r"\cdot ": "· ⋅",
-    r"\pi ": "π",
-    r"\sqrt ": "√",
-    "^2": "²",
+    "−": "-",
+    "∞": r"\infty ",
+    "≈": r"\approx ",
+    "√": r"\sqrt ",
+    "**": "^",
+    "'": "_{prime}",  # math-verify would drop it
+    r"\in ": "=",  # x \in [0, 1) names a value, as x = 5 does
+    r"\mbox": r"\text",
+    r"\langle": "(",
+    r"\rangle": ")",
 }
-SPELLING = {name: new for new, names in SPELLINGS.items() for name in names.split()}
 
-# (pattern, replacement), in this order.
+# Then (pattern, replacement), in this order.
 TIDY = [
-    (r"(?<=\d)\s*(?:\{\s*,\s*\}|,?\s*\\!|\\,)\s*(?=\d{3}(?!\d))", ""),  # 14{,}916  32,\!349
-    (r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}"),
-    (r"\\?\$|\\[()](?!\w)|\\!", ""),
-    (r"(?<!\\)\\[,;:> ]|~", " "),
-    (r"\\([A-Za-z]+)\.?|[^\x00-\x7f]", lambda m: SPELLING.get(m[1] or m[0], m[0])),
-    (r"\*\*", "^"),
-    (r"\\text\s*\{\s*\(?([A-Za-z]?)\)?\s*\}(?!\^)", r" \1"),  # one letter is a symbol
-    (r"\\?%|\\text\s*\{\s*percent\s*\}|\b(?:percent|pct)\b", "%"),
-    (r"\^\s*\{?\s*°\s*\}?|\\text\s*\{\s*degrees?\s*\}|\bdegrees?\b", "°"),
-    (r"\\sqrt\s*(\w)", r"\\sqrt{\1}"),
-    (r"\\frac\s*(\w)\s*(?=[\w{\\])", r"\\frac{\1}"),  # \frac12, \frac1{2}
-    (r"(\\frac\s*\{[^{}]*\})\s*(\w)", r"\1{\2}"),
+    (r"(?<=\d)\s*\\,\s*(?=\d{3}(?!\d))", ""),  # 32\,349
+    (r"(?<!\\)\\(?:[,;:]|q?quad)", " "),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\text\s*\{\s*degrees?\s*\}|\bdegrees?\b", "°"),
+    (r"([_^])\s*(-?\d+|\w)", r"\1{\2}"),
+    (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![A-Za-z])", r"\\\1 "),
     (r"(\d\.\d*)\\overline\s*\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.1666... as a float's
-    (r"\\text\s*\{\s*,?\s*(?:and|or)\s*\}|,?\s+(?:and|or)\s+|(?<=[\d)])or(?=[\w(])", " , "),
-    (r"\s*_\s*(?:\{\s*(\w+)\s*\}|(\w))", r"_{\1\2}"),
-    (r"(?<![\d.])\.(?=\d)", "0."),
-    (r"^([^=\d]*)≈", r"\1="),  # x ≈ 5 is a value of x, 1/3 ≈ 0.33 is 1/3
-    (r"≈.*", ""),
-    (r"\s+", " "),
+    (r"^([^=\d]*)\\approx", r"\1="),  # x ≈ 5 is a value of x, 1/3 ≈ 0.33 is 1/3
+    (r"\\approx.*", ""),
+    (r"\\text\s*\{\s*\(?([A-Za-z]?)\)?\s*\}(?!\^)", r" \1"),  # one letter is a symbol
+    (r"^[ ,;:]+|[ .,;:\\]+$", ""),
+    (r"(?<![A-Za-z0-9,]) +| +(?![A-Za-z0-9])", ""),  # spaces that separate nothing
 ]
 
 
-@lru_cache(maxsize=10_000)
 def tidy(text: str) -> str:
     """An answer without LaTeX's noise; its meaning stays."""
-    if "\\begin" not in text:  # only a matrix needs a double backslash: this was escaped twice
-        text = text.replace("\\\\", "\\")
+    from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
+
+    for spelling, usual in SPELLINGS.items():
+        text = text.replace(spelling, usual)
+    config = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
+    text = normalize_latex(text, config)
     for pattern, new in TIDY:
         text = re.sub(pattern, new, text)
-    text = text.strip(" ,;:").rstrip(" .")
-    has_braces = text.startswith("{") and inside(text)
-    return inside(text) if has_braces else text
-
-
-def squeeze(text: str) -> str:
-    """Text without the spaces that separate nothing: those beside a symbol."""
-    return re.sub(r"(?<![A-Za-z0-9]) +| +(?![A-Za-z0-9])", "", text)
-
-
-def depths(text: str) -> list[int]:
-    """How many brackets are open behind each character; (0, 1] is a pair."""
-    return list(accumulate((c in "([{") - (c in ")]}") for c in text))
-
-
-def inside(text: str) -> str | None:
-    r"""The text within the brackets around all of it, `1, 2` of (1, 2] and of \{1, 2\}; or None."""
-    text = text.replace("\\{", "{").replace("\\}", "}")
-    ends = [i for i, depth in enumerate(depths(text)) if depth == 0]
-    is_inside = text.startswith(("(", "[", "{")) and ends == [len(text) - 1]
-    return text[1:-1].strip() if is_inside else None
+    return text
 
 
 def split(text: str, separators: str) -> list[str]:
-    """text cut at the separators that stand outside all brackets."""
+    """text cut at the separators that stand outside all brackets; (0, 1] is a pair of them."""
+    depth = 0
     parts = [""]
-    for character, depth in zip(text, depths(text)):
+    for character in text:
+        depth += (character in "([{") - (character in ")]}")
         if depth == 0 and character in separators:
             parts.append("")
         else:
@@ -177,36 +116,33 @@ def split(text: str, separators: str) -> list[str]:
 
 # ---- Numbers: exact, and compared exactly
 
-POWER = re.compile(r" ?(?:\\times|\\cdot|\*|x) ?10 ?\^ ?\{?([+-]?\d+)\}?$")  # \times 10^{3}
-NUMBER = re.compile(r"[+-]? ?([1-9]\d{0,2}([, ]\d{3})+|\d+)(\.\d*)?(e[+-]?\d{1,4})?", re.IGNORECASE)
+POWER = re.compile(r"(?:\\times|\\cdot|\*|x) ?10\^\{?([+-]?\d+)\}?$")
+NUMBER = re.compile(r"[+-]?([1-9]\d{0,2}([, ]\d{3})+|\d+)(\.\d*)?(e[+-]?\d{1,4})?", re.IGNORECASE)
 
 
 def number(text: str) -> Decimal | None:
     r"""The exact value of a number in digits, None for any other text.
 
-    >>> number("1,234"), number("-2.50"), number(r"3 \times 10^{4}"), number("1/2")
+    >>> number("1,234"), number("-2.50"), number(r"3\times10^{4}"), number("1/2")
     (Decimal('1234'), Decimal('-2.50'), Decimal('3E+4'), None)
     """
     text = POWER.sub(r"e\1", text)
-    if len(text) > 1000 or not NUMBER.fullmatch(text):
+    if not NUMBER.fullmatch(text):
         return None
-    return Decimal(re.sub("[, ]", "", text))
+    digits = re.sub("[, ]", "", text)
+    return Decimal(digits)
 
 
 def rounds(decimal: Decimal, exact: Fraction) -> bool:
-    """Whether a decimal is an exact value, cut or rounded at its sixth digit or later.
+    """Whether a decimal of six digits or more is an exact value, rounded or cut.
 
     The last digits of a float are noise: 0.30000000000000004 is 0.3.
     """
     _, digits, exponent = decimal.as_tuple()
     if exponent >= 0 or len(digits) < 6:
         return False
-    written = Fraction(decimal)
-    noise = min(abs(exact), 10**6) / 10**12
     unit = Fraction(10) ** exponent  # of the last digit
-    units = exact / unit
-    is_cut = written / unit in (round(units), math.trunc(units))
-    return is_cut or abs(written - exact) <= noise
+    return abs(Fraction(decimal) - exact) < max(unit, abs(exact) / 10**14)
 
 
 # ---- The rules. Each takes two tidy answers: True or False is a verdict, None is «not my business»
@@ -214,131 +150,108 @@ def rounds(decimal: Decimal, exact: Fraction) -> bool:
 
 def same(gold: str, answer: str) -> bool:
     """Whether an answer is equivalent to the gold one. May hang or raise anything: see Grader."""
-    gold, answer = tidy(gold), tidy(answer)
-    for rule in at_sight, same_words, same_named, same_measure, same_members:
+    gold = tidy(gold)
+    answer = tidy(answer)
+    for rule in same_number, same_words, same_named, same_measure, same_members:
         verdict = rule(gold, answer)
         if verdict is not None:
             return verdict
     return same_formula(gold, answer)
 
 
-def at_sight(gold: str, answer: str) -> bool | None:
+def same_number(gold: str, answer: str) -> bool | None:
     """Equal strings, and numbers. Cheap, so Grader tries it before it asks a worker."""
-    if not gold or not answer:
-        return False
-    if squeeze(gold) == squeeze(answer):
-        return True
-    x, y = number(gold), number(answer)
+    if gold == answer:
+        return gold != ""
+    x = number(gold)
+    y = number(answer)
     if x is None or y is None:
         return None
     return x == y or rounds(x, Fraction(y)) or rounds(y, Fraction(x))
 
 
-WORDS = re.compile(
-    r"\\text ?\{[A-Za-z '.,-]+\}|[A-Z]{2,}|[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z '.,-]+"
-)  # `xy` is a product
+WORDS = r"\\text\{[A-Za-z .,-]+\}|[A-Z]{2,}|[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z .,-]+"
+NOISE = r"\\text|[\s{}\"!?]|[.,](?!\d)"  # a point in 1.5 is none
 
 
 def same_words(gold: str, answer: str) -> bool | None:
     """Words are compared as words, without case and punctuation: `east` is not `seat`."""
-    equal = plain(gold) == plain(answer)
-    is_word = WORDS.fullmatch(gold) or WORDS.fullmatch(answer)
+    x = re.sub(NOISE, "", gold.casefold())
+    y = re.sub(NOISE, "", answer.casefold())
+    is_word = re.fullmatch(WORDS, gold) or re.fullmatch(WORDS, answer)
     has_text = "\\text" in gold + answer
-    return equal if is_word or (equal and has_text) else None
+    return x == y if is_word or (x == y and has_text) else None
 
 
-def plain(text: str) -> str:
-    """Text in small letters, without \\text{} and punctuation; a point in 1.5 is none."""
-    text = re.sub(r"\\text|[{}'\"!?]|[.,](?!\d)", " ", text.casefold())
-    return squeeze(" ".join(text.split()))
+# x, a_{37}, (p, q), |AB|, \overline{AB}, S:V, \Delta p: no digits and no operation.
+NAME = r"(?:_\{[^{}]*\}|[A-Za-z\\(),:/|{}° ])+"
 
 
 def same_named(gold: str, answer: str) -> bool | None:
     """`x = 5` is 5 and not `y = 5`. Other equations are formulas."""
-    (name, x), (other, y) = unname(gold), unname(answer)
-    has_names = (x, y) != (gold, answer) and "=" not in x + y
-    if not has_names or (name and other and squeeze(name) != squeeze(other)):
+    name, x = unname(gold)
+    other, y = unname(answer)
+    is_named = name or other
+    if not is_named or "=" in x + y or (name and other and name != other):
         return None
     return same(x, y)
 
 
-OPERATIONS = "sin|cos|tan|log|ln|sqrt|sum|int|prod|cdot|times|pm|mp|infty|le|ge|ne|pi"
-
-
 def unname(text: str) -> tuple[str, str]:
-    r"""(name, value) of `x = 2 + 3 = 5`: ("x", "5"); ("", text) of anything else.
-
-    Names are x, a_{37}, (p, q), |AB|, \overline{AB}, S:V, \Delta p: no digits and no operation.
-    """
+    """(name, value) of `x = 2 + 3 = 5`: ("x", "5"); ("", text) of anything else."""
     name, *values = split(text, "=")
     is_list = len(values) > 1 and "," in text  # x = 1, y = 2
-    bare = re.sub(rf"_\{{[^{{}}]*\}}|\\text\{{[^{{}}]*\}}|\\(?!{OPERATIONS})[A-Za-z]+", "x", name)
-    if values and not is_list and re.fullmatch(r"[A-Za-z(),:/|{}'° ]+", bare):
+    if values and not is_list and re.fullmatch(NAME, name):
         return name, values[-1]
     return "", text
 
 
-# All names of a unit; the first stands for it.
-UNITS = """m meter meters metre metres|cm centimeter centimeters centimetre centimetres
-|mm millimeter millimeters|km kilometer kilometers kilometre kilometres|in inch inches
-|ft foot feet|yd yard yards|mi mile miles|mph|s sec second seconds|min minute minutes
-|h hr hrs hour hours|day days|week weeks|month months|year years|g gram grams
-|kg kilogram kilograms|lb lbs pound pounds|oz ounce ounces|l liter liters litre litres
-|ml milliliter milliliters|gallon gallons|dollar dollars|cent cents|euro euros"""
-UNIT = {name: names.split()[0] for names in UNITS.split("|") for name in names.split()}
-NOT_UNITS = """not no if mod than least most more or when for base sin cos tan
-dozen hundred thousand million billion""".split()
-MEASURE = re.compile(
-    r"([^%°]*(?:[\d})|]|\\pi)) ?(?:([%°])|\\text ?\{([^{}]*)\}|([A-Za-z][A-Za-z. /]+))"
-    r"(?: ?\^ ?\{? ?[23] ?\}?)?"
-)
-FACTORS = {"%": r" \cdot \frac{1}{100}", "°": r" \cdot \frac{\pi}{180}"}
+# All names of a unit but the plural; the first stands for it.
+UNITS = """°|m meter metre|cm centimeter centimetre|mm millimeter|km kilometer|in inch inche|ft foot
+feet|yd yard|mi mile|mph|s sec second|min minute|h hr hour|day|week|month|year|g gram|kg kilogram
+|lb pound|oz ounce|l liter litre|ml milliliter|gallon|dollar|cent|euro"""
+UNIT = {}
+for names in UNITS.split("|"):
+    for name in names.split():
+        UNIT[name] = UNIT[name + "s"] = names.split()[0]
+MEASURE = r"(.*[\d})|]|.*\\pi) ?(°|\\text ?\{[^{}]*\}|[A-Za-z][A-Za-z. /]+)(?:\^\{[23]\})?"
+NO_UNIT = r"\b(not|no|if|mod|than|least|most|more|when|for|\w*illion|hundred|thousand|dozen)\b"
 
 
 def same_measure(gold: str, answer: str) -> bool | None:
-    r"""`5 cm` is 5 and 5 centimeters, not 5 m; `25%` is 25 and 1/4; `90°` is 90 and \pi/2."""
-    (x, unit), (y, other) = split_unit(gold), split_unit(answer)
+    r"""`5 cm` is 5 and 5 centimeters, not 5 m; `90°` is 90, and perhaps \pi/2."""
+    x, unit = split_unit(gold)
+    y, other = split_unit(answer)
     if (x, y) == (gold, answer):
         return None
     if unit and other and unit != other:
         return False
-    share = number(x)
-    is_share = other == "%" and share is not None and 0 < share < 1  # 0.5 is 50%, not 0.5%
-    if same(x, y) and not is_share:
-        return True
-    x += FACTORS.get(unit, "")
-    y += FACTORS.get(other, "")
-    return unit != other and same(x, y)
+    return same(x, y) or None
 
 
 def split_unit(text: str) -> tuple[str, str]:
     r"""(value, unit); the unit is "" where there is none or an unknown one: `5 \text{ apples}`."""
-    match = MEASURE.fullmatch(text)
-    if match is None or set(NOT_UNITS) & set(re.findall("[a-z]+", text)):
+    match = re.fullmatch(MEASURE, text)
+    if match is None or re.search(NO_UNIT, text):
         return text, ""
-    value, symbol, marked, bare = match.groups("")
-    words = re.findall("[a-z]+", (marked + bare).lower())
-    known = " ".join(UNIT[word] for word in words if word in UNIT)
-    if bare and not known:
-        return text, ""
-    return value.strip(), symbol or known
-
-
-SET = "\\}"
+    value, written = match.groups()
+    words = re.findall("[a-z]+|°", written.lower())
+    unit = " ".join(UNIT[word] for word in words if word in UNIT)
+    if unit or "text" in words:
+        return value, unit
+    return text, ""
 
 
 def same_members(gold: str, answer: str) -> bool | None:
     """Tuples in order, sets and lists in any: `x = 1, y = 2` is `y = 2, x = 1` and (1, 2)."""
-    (kind, golds), (other, answers) = members(gold), members(answer)
-    if kind and other and kind != other:
-        return False  # [0, 1) is not (0, 1)
-    if 1 in (len(golds), len(answers)) and SET not in (kind, other):
+    kind, golds = members(gold)
+    other, answers = members(answer)
+    if golds == [gold] or answers == [answer]:
         return None
-    if len(golds) != len(answers):
-        return False
-    names = {squeeze(unname(part)[0]) for part in golds + answers}
-    is_tuple = {kind, other} - {"", SET}
-    if is_tuple or ("" in names and len(names) > 1):
+    if len(golds) != len(answers) or (kind and other and kind != other):
+        return False  # [0, 1) is not (0, 1)
+    one_is_named = ("=" in gold) != ("=" in answer)
+    if kind or other or one_is_named:
         return all(map(same, golds, answers))
     for part in golds:
         match = next((other for other in answers if same(part, other)), None)
@@ -349,32 +262,19 @@ def same_members(gold: str, answer: str) -> bool | None:
 
 
 def members(text: str) -> tuple[str, list[str]]:
-    r"""(kind, members) of a tuple "()", an interval "[)", a set, a list or union ""."""
-    inner = inside(text)
-    parts = split(inner or text, ";")
-    if len(parts) == 1:
-        parts = split(inner or text, ",∪")
-    kind = text[0] + text[-1] if inner else ""
-    if len(parts) == 1 and kind != SET:
+    r"""(brackets, members) of a tuple or an interval; a set and a list have the brackets ""."""
+    inner = text.replace("\\{", "{").replace("\\}", "}")
+    brackets = ""
+    if inner.startswith(("(", "[", "{")) and split(inner, ")]}")[1:] == [""]:  # around all of it
+        brackets = inner[0] + inner[-1]
+        inner = inner[1:-1]
+    parts = split(inner, ",;")
+    if len(parts) == 1 and brackets != "{}":
         return "", [text]
-    written = []
-    for part in filter(None, parts):
-        signs = "+-" if "\\pm" in part else "+"
-        written += [part.replace("\\pm", sign) for sign in signs]
-    return kind, written
+    return brackets.strip("{}"), parts
 
 
 # ---- Formulas
-
-# What math-verify's parser does not read, or reads in another way than people mean it.
-FOR_THE_PARSER = [
-    (r"(?<![\\A-Za-z])(?:np\.|math\.)?(arc)?(sin|cos|tan|sqrt|log|ln|exp)(?![A-Za-z])", r"\\\1\2 "),
-    (r"(\\sqrt|\^) ?\(([^()]*)\)", r"\1{\2}"),
-    (r"\^ ?(-?\d+)", r"^{\1}"),
-    (r"([A-Za-z])('+|\^ ?\{?(?:\\prime ?)+\}?)", r"\1_{prime}"),
-    (r"°", r" \\cdot \\frac{\\pi}{180} "),
-    (r"(\d+) ?(\\frac ?\{\d+\} ?\{\d+\})", r"(\1+\2)"),  # a mixed number
-]
 
 
 def same_formula(gold: str, answer: str) -> bool:
@@ -382,44 +282,33 @@ def same_formula(gold: str, answer: str) -> bool:
     import sympy
     from math_verify import verify
 
-    both = re.sub(r"_\{[^{}]*\}", "", f"{gold} {answer}")
-    has_i = re.search(r"(?<![A-Za-z\\])i(?![A-Za-z])", both) is not None
-    # Unknowns are real, except in equations: x^2 + 1 = 0 and x^2 + 2 = 0 have the same real
-    # solutions.
-    is_real = None if has_i or "=" in both else True
-    x = formula(gold, has_i, is_real)
-    y = formula(answer, has_i, is_real)
+    x = formula(gold)
+    y = formula(answer)
     if isinstance(x, sympy.Expr) != isinstance(y, sympy.Expr):
         return False  # an equation or a set is no value
-    if is_rounded(gold, y) or is_rounded(answer, x):
-        return True
+    for text, value in (gold, y), (answer, x):
+        decimal = number(text)
+        if decimal is not None and value.is_real:  # 1.41421356 is \sqrt{2}
+            exact = Fraction(str(value.evalf(40)))
+            if rounds(decimal, exact):
+                return True
     # There are no floats left that it would round, and other numbers it compares to 60 digits.
     return verify(x, y, numeric_precision=60, allow_set_relation_comp=True, timeout_seconds=None)
 
 
-def formula(text: str, has_i: bool, is_real: bool | None):
+def formula(text: str):
     """The sympy object that math-verify's parser makes of LaTeX, with exact numbers in it."""
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
-    for pattern, new in FOR_THE_PARSER:
-        text = re.sub(pattern, new, text)
-    if re.search(r"[\d.] +[\d.]|\d_", text):
-        raise ValueError("two numbers side by side, or a number base")  # it would take them as one
+    if re.search(r"[\d.] +[\d.]|\d_", text):  # it would add the two, and not see the base
+        raise ValueError("two numbers side by side, or a number base")
+    text = text.replace("°", r"\cdot \frac{\pi}{180}")
     config = ConversionConfig(lowercase_symbols=False)
-    found = latex2sympy(text, is_real=is_real, normalization_config=None, conversion_config=config)
+    found = latex2sympy(text, normalization_config=None, conversion_config=config)
     exact = {value: sympy.Rational(str(value)) for value in found.atoms(sympy.Float)}
-    if has_i:
-        exact |= {symbol: sympy.I for symbol in found.free_symbols if symbol.name == "i"}
+    exact[sympy.Symbol("i")] = sympy.I
     return found.xreplace(exact)
-
-
-def is_rounded(text: str, exact) -> bool:
-    r"""Whether a text is a decimal that rounds a real number: 1.41421356 for \sqrt{2}."""
-    decimal = number(text)
-    if decimal is None or not (exact.is_number and exact.is_real):
-        return False
-    return rounds(decimal, Fraction(str(exact.evalf(40))))
 
 
 # ---- Grading in processes that can be killed
@@ -438,8 +327,7 @@ class Grader:
     is up the kernel ends it, whatever it is doing, and a slow machine changes no verdict.
     """
 
-    def __init__(self, workers: int = 2, seconds: float = 2.0, memory: int = 2 << 30):
-        self.command = [sys.executable, __file__, "--worker", str(seconds), str(memory)]
+    def __init__(self, workers: int = 2):
         self.known: dict[tuple, Future] = {}
         self.threads = ThreadPoolExecutor(workers)
         self.waiting = LifoQueue()  # workers without a pair; None where one has to start
@@ -452,14 +340,12 @@ class Grader:
     def __exit__(self, *_):
         self.threads.shutdown(cancel_futures=True)  # waits for the pairs at work: seconds
         for worker in filter(None, self.waiting.queue):
-            worker.kill()
-            worker.wait()
+            worker.communicate()  # closes its input, which ends it
 
     def __call__(self, gold: str, answer: str | None) -> Verdict:
         return self.submit(gold, answer).result()
 
-    def submit(self, gold: str, answer: str | None) -> Future:
-        """A Future[Verdict]."""
+    def submit(self, gold: str, answer: str | None) -> Future[Verdict]:
         pair = gold, answer
         if pair not in self.known:
             self.known[pair] = self.threads.submit(self.decide, gold, answer)
@@ -468,32 +354,22 @@ class Grader:
     def decide(self, gold: str, answer: str | None) -> Verdict:
         if answer is None:
             return Verdict(False, "none")
-        if len(gold) + len(answer) < 1000:
-            equal = at_sight(tidy(gold), tidy(answer))
-            if equal is not None:
-                return Verdict(equal, "ok")
-        verdict = None
-        for _ in range(5):
-            verdict = verdict or self.ask(gold, answer)
-        return verdict or Verdict(False, "crashed")
-
-    def ask(self, gold: str, answer: str) -> Verdict | None:
-        """A worker's verdict; None where somebody has killed it, now or while it waited."""
+        equal = same_number(gold, answer)
+        if equal is not None:
+            return Verdict(equal, "ok")
         worker = self.waiting.get() or self.start()
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
             worker.stdin.write(json.dumps([gold, answer]) + "\n")
         reply = worker.stdout.readline()
         self.waiting.put(worker if reply else None)
         if reply:
             return Verdict(*json.loads(reply))
         death = -worker.wait()
-        if death in (signal.SIGKILL, signal.SIGTERM):
-            return None
         return Verdict(False, "timeout" if death == signal.SIGPROF else "crashed")
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
-            self.command,
+            [sys.executable, __file__, "--worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -504,16 +380,12 @@ class Grader:
         )
 
 
-def work(seconds: float, memory: int) -> None:
+def work() -> None:
     """A worker: a verdict for each pair on standard input, until that closes."""
-    replies, sys.stdout = sys.stdout, sys.stderr  # libraries may print
-    logging.disable()
-    os.nice(5)
     same("\\sin x", "\\cos x")  # the imports are not in the time of the first pair
-    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (2 << 30, 2 << 30))  # bytes
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_PROF, seconds)  # SIGPROF's default action ends the process
+        signal.setitimer(signal.ITIMER_PROF, 2.0)  # whose signal, by default, ends the process
         try:
             verdict = Verdict(same(*json.loads(line)), "ok")
         except MemoryError:
@@ -521,7 +393,7 @@ def work(seconds: float, memory: int) -> None:
         except Exception:  # whatever computer algebra raises on what a model wrote
             verdict = Verdict(False, "error")
         signal.setitimer(signal.ITIMER_PROF, 0)
-        print(json.dumps(verdict), file=replies, flush=True)
+        print(json.dumps(verdict), flush=True)
 
 
 # ---- Votes
@@ -539,14 +411,12 @@ def vote(answers: list[str | None], grader: Grader | None = None) -> Vote:
             return vote(answers, grader)
     clusters: dict[str, list[int]] = {}  # first answer -> indices
     for i, answer in enumerate(answers):
-        if answer is None:
-            continue
-        home = next((first for first in clusters if grader(first, answer).equal), answer)
-        clusters.setdefault(home, []).append(i)
+        if answer is not None:
+            home = next((first for first in clusters if grader(first, answer).equal), answer)
+            clusters.setdefault(home, []).append(i)
     ranked = [(first, len(indices), indices) for first, indices in clusters.items()]
     ranked.sort(key=lambda cluster: -cluster[1])
-    winner = ranked[0][0] if ranked else None
-    return Vote(winner, ranked)
+    return Vote(ranked[0][0] if ranked else None, ranked)
 
 
 # ---- The command line
@@ -560,21 +430,20 @@ class Flags:
     """Rows (.jsonl) of `text`, and `gold` or `answer`."""
     out: Path | None = None
     """The rows with their verdicts; without this flag FILE.graded.jsonl."""
-    fallback: bool = False
-    """Where no box is found, guess the answer from the text's end."""
 
 
 def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, each with `text` and `gold`."""
+    """The rows of a file, each with `gold` and `extracted`."""
     rows = []
-    try:
-        for line in filter(bytes.strip, path.open("rb")):  # our own files begin with an empty one
+    for line in filter(bytes.strip, path.open("rb")):  # our own files begin with an empty one
+        try:
             row = json.loads(line)
             gold = row["gold"] if "gold" in row else row["answer"]
-            rows.append({**row, "gold": str(gold), "text": str(row["text"])})
-    except (ValueError, TypeError, KeyError):
-        where = f"{path}: row {len(rows) + 1}"
-        raise UserError(f"{where} must be an object with `text`, and `gold` or `answer`") from None
+            row["gold"] = str(gold)
+            row["extracted"] = extract_answer(row["text"])
+        except (ValueError, TypeError, KeyError):
+            raise UserError(f"{path}: row {len(rows) + 1}: no `text`, or no `gold`") from None
+        rows.append(row)
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows
@@ -583,24 +452,19 @@ def read_rows(path: Path) -> list[dict]:
 def main() -> None:
     flags = parse(Flags)
     rows = read_rows(flags.file)
-    with Grader() as grader:
+    out = flags.out or flags.file.with_suffix(".graded.jsonl")
+    with Grader() as grader, out.open("w") as file:
         for row in rows:
-            guess = fallback_answer(row["text"]) if flags.fallback else None
-            row["extracted"] = extract_answer(TOOLS.sub("", row["text"])) or guess
             grader.submit(row["gold"], row["extracted"])
         for row in rows:
             row["correct"], row["grading"] = grader(row["gold"], row["extracted"])
-    out = flags.out or flags.file.with_suffix(".graded.jsonl")
-    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            print(json.dumps(row), file=file)
     right = sum(row["correct"] for row in rows)
-    print(f"{right} of {len(rows)} right, {100 * right / len(rows):.1f} %")
-    counts = Counter(row["grading"] for row in rows)
-    print(", ".join(f"{status}: {count}" for status, count in counts.items()))
-    print(f"written: {out}")
+    print(f"{right} of {len(rows)} right, {100 * right / len(rows):.1f} %; written: {out}")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--worker"]:
-        work(float(sys.argv[2]), int(sys.argv[3]))
+    if sys.argv[1:] == ["--worker"]:
+        work()
     else:
         run_main(main)

@@ -43,7 +43,7 @@ def both(scored: Scored) -> dict[str, tuple[float, float]]:
     # Of answers with one spelling the last one is compared.
     winner = [answer for answer in answers if str(answer) == elected][-1]
     measures = scored.measures
-    any_right = any(verdict.equal for verdict in scored.verdicts)
+    any_right = any(row["right"] for row in scored.rows)
     return {
         "majority@n, %": (measures["majority@n, %"], 100 * verify(gold, winner)),
         "avg@n, %": (measures["avg@n, %"], 100 * fmean(right)),
@@ -60,9 +60,8 @@ def main() -> None:
         runs = [load_run(folder, grader) for folder in flags.runs]
     body = []
     for run in runs:
-        for dataset in run.measures:
-            problems = [p for (name, _), p in run.problems.items() if name == dataset]
-            pairs = [both(problem) for problem in problems]
+        for dataset in dict.fromkeys(problem.dataset for problem in run.problems):
+            pairs = [both(problem) for problem in run.problems if problem.dataset == dataset]
             for measure in pairs[0]:
                 ours, published = zip(*(pair[measure] for pair in pairs))
                 cells = [f"{fmean(ours):.1f}", f"{fmean(published):.1f}"]

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from cli import UserError, check_range, parse, run_main  # noqa: E402
 from evaluate import CUT, Run, Scored, interval, load_run  # noqa: E402
-from evaluate import majority, pass_at, pieces, report, table  # noqa: E402
+from evaluate import majority, pass_at, report, table  # noqa: E402
 from grade import Grader  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
@@ -50,15 +50,13 @@ class Flags:
     """Where report.png and report.html go, or training.html."""
     max_chars: int = 40_000
     """Longer traces lose their middle on the page of evaluations."""
-    fallback: bool = False
-    """Where no box is found, guess the answer from the text's end."""
 
 
 # ---- Numbers that evaluate.py's report leaves out
 
 
 def of_set(run: Run, name: str) -> list[Scored]:
-    return [scored for (dataset, _), scored in run.problems.items() if dataset == name]
+    return [scored for scored in run.problems if scored.dataset == name]
 
 
 def powers(problems: list[Scored]) -> list[int]:
@@ -72,7 +70,7 @@ def majority_at(scored: Scored, k: int) -> float:
     n = len(scored.rows)
     k = min(k, n)
     cluster = {i: c for c, (_, _, places) in enumerate(scored.clusters) for i in places}
-    right = [scored.verdicts[places[0]].equal for _, _, places in scored.clusters]
+    right = [scored.rows[places[0]]["right"] for _, _, places in scored.clusters]
     rng, values = random.Random(0), []
     for _ in range(200 if k < n else 1):
         votes = [0] * len(right)
@@ -87,7 +85,7 @@ def at_k(problems: list[Scored], k: int) -> str:
     if not problems:
         return ""
     votes = fmean(majority_at(scored, k) for scored in problems)
-    counts = [(len(s.rows), sum(verdict.equal for verdict in s.verdicts)) for s in problems]
+    counts = [(len(s.rows), sum(row["right"] for row in s.rows)) for s in problems]
     return f"{100 * votes:.1f} / {100 * fmean(pass_at(min(k, n), n, c) for n, c in counts):.1f}"
 
 
@@ -173,10 +171,12 @@ def draw_run(left, right, label: str, problems: list[Scored], colour: str) -> No
 # ---- Data for the page
 
 
-def trace_data(row: dict, verdict, most: int) -> dict:
+def trace_data(row: dict, most: int) -> dict:
     """One trace for the page; texts beyond `most` characters lose their middle."""
-    parts, left = [], most
-    for kind, text in pieces(row):
+    parts, left, at = [], most, 0
+    for kind, length in row["spans"]:
+        text = row["text"][at : at + length]
+        at += length
         if len(text) > left:
             cut = f"\n[... {len(text) - left:,} characters left out ...]\n"
             text = text[: left // 2] + cut + text[len(text) - left // 2 :]
@@ -187,15 +187,15 @@ def trace_data(row: dict, verdict, most: int) -> dict:
             text = text.strip("\n").removeprefix("```output\n").removesuffix("\n```")
         parts.append([kind, text])
     same = {key: row[key] for key in ("sample", "answer", "finish", "tokens", "seconds")}
-    same |= {"right": verdict.equal, "grading": verdict.status, "parts": parts}
+    same |= {"right": row["right"], "grading": row["grading"], "parts": parts}
     return same | {"calls": [call["status"] for call in row["calls"]]}
 
 
 def letters(scored: Scored) -> str:
     """A letter for each trace: right, wrong, no answer; capital if cut; ! behind a failed call."""
     found = []
-    for row, verdict in zip(scored.rows, scored.verdicts, strict=True):
-        letter = "n" if row["answer"] is None else "rw"[not verdict.equal]
+    for row in scored.rows:
+        letter = "n" if row["answer"] is None else "rw"[not row["right"]]
         letter = letter.upper() if row["finish"] in CUT else letter
         failed = any(call["status"] != "ok" for call in row["calls"])
         found.append(letter + "!" * failed)
@@ -203,7 +203,7 @@ def letters(scored: Scored) -> str:
 
 
 def run_data(i: int, scored: Scored) -> dict:
-    votes = [[a, count, scored.verdicts[at[0]].equal] for a, count, at in scored.clusters]
+    votes = [[a, count, scored.rows[at[0]]["right"]] for a, count, at in scored.clusters]
     return {
         "run": i,
         "flags": letters(scored),
@@ -218,8 +218,8 @@ def page_data(runs: list[Run], most: int) -> tuple[list[dict], list[str]]:
     """(what the list of problems shows, each one's traces as base64 of deflated JSON)."""
     problems: dict[tuple, list] = {}
     for i, run in enumerate(runs):
-        for key, scored in run.problems.items():
-            problems.setdefault(key, []).append((i, scored))
+        for scored in run.problems:
+            problems.setdefault((scored.dataset, scored.id), []).append((i, scored))
     rows, packed = [], []
     for (dataset, problem), found in problems.items():
         first = found[0][1].rows[0]
@@ -229,8 +229,7 @@ def page_data(runs: list[Run], most: int) -> tuple[list[dict], list[str]]:
         rows.append(row)
         traces = []
         for i, scored in found:
-            pairs = zip(scored.rows, scored.verdicts, strict=True)
-            traces.append([i, [trace_data(row, verdict, most) for row, verdict in pairs]])
+            traces.append([i, [trace_data(row, most) for row in scored.rows]])
         text = json.dumps(traces, ensure_ascii=False).encode()
         packed.append(base64.b64encode(zlib.compress(text, 6)).decode())
     return rows, packed
@@ -302,8 +301,8 @@ def main() -> None:
         page.write_text(training_page(trained[0]), encoding="utf-8")
         return print(page)
     with Grader() as grader:
-        runs = [load_run(folder, grader, flags.fallback) for folder in flags.runs]
-    names = list(dict.fromkeys(name for run in runs for name in run.measures))
+        runs = [load_run(folder, grader) for folder in flags.runs]
+    names = list(dict.fromkeys(scored.dataset for run in runs for scored in run.problems))
     more = ""
     for name in names:
         more += f"\n## {name}\n" + by_k(runs, name)

@@ -5,7 +5,6 @@ import contextlib
 import json
 import random
 import re
-import shutil
 import subprocess
 import sys
 import zlib
@@ -16,13 +15,12 @@ import pytest
 import cli
 import evaluate
 from agent import Trace, check_flags
-from evaluate import Scored, majority, pass_at
-from grade import Grader, Verdict
+from evaluate import majority, pass_at
+from grade import Grader
 from sandbox import Result
+from test_extras import CHROMIUM, EVIL, opened
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "extras"))
-EVIL = "</script><img src=x onerror=document.title='owned'><b>"
 
 
 # ---- Numbers
@@ -88,13 +86,13 @@ def runs(tmp_path_factory):
 def test_a_report_by_hand(runs):
     with Grader() as grader:
         one, two = (evaluate.load_run(folder, grader) for folder in runs)
-        a, b = one.problems["set", "a"], one.problems["set", "bb"]
-        equal = [verdict.equal for verdict in a.verdicts]
-        assert equal == [True, True, False, False]  # 42 and 42.0 vote together
+        a, b, c = one.problems
+        right = [row["right"] for row in a.rows]
+        assert right == [True, True, False, False]  # 42 and 42.0 vote together
         assert a.measures["majority@n, %"] == 100 and b.measures["majority@n, %"] == 50  # a tie
         assert a.measures["avg@n, %"] == 50 and a.measures["without an answer, %"] == 25
         assert a.measures["pass@4, %"] == 100
-        assert one.problems["set", "ccc"].measures["truncated, %"] == 100
+        assert c.measures["truncated, %"] == 100
         text = evaluate.report([one, two])
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
     assert re.search(r"\| 50\.0 \[.*\| 100\.0 \[100", lines["majority@n, %"])
@@ -158,7 +156,7 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsy
     with pytest.raises(KeyboardInterrupt):
         run(monkeypatch, "--n", "3", "--out", str(cut), agent=ScriptedAgent(stop_after=4))
     with (cut / "traces.jsonl").open("ab") as file:
-        file.write(b'{"torn": ')
+        file.write(b'\n{"torn": ')
     capsys.readouterr()
     again = run(monkeypatch, "--n", "3", "--out", str(cut)).asked
     assert again == asked[4:]
@@ -168,52 +166,18 @@ def test_a_stopped_run_goes_on_with_what_is_missing(tmp_path, monkeypatch, capsy
     assert len(run(monkeypatch, "--n", "4", "--out", str(cut)).asked) == 5  # a run may grow
 
 
-def test_other_settings_want_another_folder(tmp_path, monkeypatch):
-    run(monkeypatch, "--n", "1", "--out", str(tmp_path / "run"))
-    with pytest.raises(cli.UserError, match="other settings: temperature 0.6 -> 0.9"):
-        run(monkeypatch, "--n", "1", "--out", str(tmp_path / "run"), "--temperature", "0.9")
-    (tmp_path / "run" / "config.json").write_text("{")
-    with pytest.raises(cli.UserError, match="not a run"):
-        run(monkeypatch, "--n", "1", "--out", str(tmp_path / "run"))
-
-
-def test_a_drawn_seed_is_kept(tmp_path, monkeypatch):
+def test_other_settings_want_another_folder_and_a_drawn_seed_stays(tmp_path, monkeypatch):
     flags = ["--n", "1", "--out", str(tmp_path / "run"), "--seed", "-1"]
     run(monkeypatch, *flags)
-    seed = json.loads((tmp_path / "run" / "config.json").read_text())["settings"]["seed"]
-    assert seed >= 0 and run(monkeypatch, *flags).asked == []
-
-
-def test_no_grade_and_fallback(tmp_path, monkeypatch):
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text('{"problem": "1 + 1?"}\n{"problem": "2 + 2?"}\n')
-    flags = ["--dataset", str(rows), "--n", "1", "--out", str(tmp_path / "run")]
-    assert len(run(monkeypatch, *flags, "--no-grade").asked) == 2
-    guess = row("a", 0, None)
-    guess["text"], guess["spans"] = "The answer is 42.", [["model", 17]]
-    folder = write_run(tmp_path / "guess", "Guess", [guess])
-    with Grader() as grader:
-        for fallback, share in ((False, 0), (True, 100)):
-            scored = evaluate.load_run(folder, grader, fallback).problems["set", "a"]
-            assert scored.measures["majority@n, %"] == share
-
-
-def test_an_ablation_needs_a_trained_model(monkeypatch):
-    with pytest.raises(cli.UserError, match="--ablation needs a trained model"):
-        run(monkeypatch, "--ablation", "--lora", "none")
+    assert run(monkeypatch, *flags).asked == []
+    with pytest.raises(cli.UserError, match="other settings, temperature:"):
+        run(monkeypatch, *flags, "--temperature", "0.9")
+    (tmp_path / "run" / "config.json").write_text("{")
+    with pytest.raises(cli.UserError, match="not a run"):
+        run(monkeypatch, *flags)
 
 
 # ---- extras/report.py
-
-
-def test_majority_at_k_is_the_mean_over_subsets():
-    import report
-
-    verdicts = [Verdict(True, "ok"), Verdict(True, "ok"), Verdict(False, "ok")]
-    scored = Scored([{}] * 3, verdicts, [("1", 2, [0, 1]), ("2", 1, [2])], {})
-    assert report.majority_at(scored, 3) == 1
-    assert report.majority_at(scored, 1) == pytest.approx(2 / 3, abs=0.1)
-    assert report.majority_at(scored, 2) == pytest.approx(2 / 3, abs=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -235,13 +199,7 @@ def test_the_page_carries_every_trace_and_no_models_html(built):
     assert "level" in page and "Two: majority@n / tokens" in page
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium")
 def test_the_page_opens_in_a_browser(built, tmp_path):
-    options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --dump-dom"
-    options += f" --disable-background-networking --user-data-dir={tmp_path}"
-    command = [CHROMIUM, *options.split(), f"file://{built}/report.html"]
-    dom = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
+    dom = opened(built / "report.html", tmp_path)
     assert dom.count('class="problem"') == 3 and "<title>Evaluation: One, Two" in dom
