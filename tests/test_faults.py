@@ -230,7 +230,7 @@ def test_killed_sessions_and_a_killed_zygote_end_no_rollout():
         box.wait_ready()
         session = box.session()
         assert session.run("x = 5").status == "ok"
-        box.zygote.process.kill()
+        box.zygote.kill()
         time.sleep(0.5)
         statuses = [session.run("print(x)") for _ in range(2)]
         assert statuses[-1].output == "5"  # rebuilt by replay
