@@ -147,7 +147,7 @@ def serve(guarded: bool) -> None:
         inside["__import__"] = guarded_import
     namespace = {"__name__": "__main__", "__builtins__": inside}
     for number in itertools.count():
-        code = os.read(3, 1 << 17).decode("utf-8", "surrogatepass")
+        code = os.read(3, 1 << 20).decode("utf-8", "surrogatepass")
         if not code:
             return
         os.write(3, run(code, number, namespace).encode())

