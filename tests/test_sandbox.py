@@ -540,13 +540,13 @@ RECOVERIES = {  # first, what the script must print
             print(all(first), all(s.run("x").output == str(i) for i, s in enumerate(sessions)))
         """,
     "processes run out": """
-        # error: Resource temporarily unavailable: 1 2
+        # Resource temporarily unavailable: 1 2
         with sandbox.Sandbox(1) as box:
             one, two = box.session(), box.session()
             one.run("x = 1")
             before = resource.prlimit(box.zygote.pid, resource.RLIMIT_NPROC)
             resource.prlimit(box.zygote.pid, resource.RLIMIT_NPROC, (1, before[1]))
-            print("error", two.run("1").output.split("]")[-1], end=": ")
+            print(two.run("1").output.split("] ")[-1], end=": ")
             resource.prlimit(box.zygote.pid, resource.RLIMIT_NPROC, before)
             print(one.run("x").output, two.run("2").output)
         """,
