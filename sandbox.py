@@ -3,9 +3,8 @@
 A *zygote* process, started once with an empty environment, imports sympy, numpy, scipy and the like
 and then only forks. Each trace gets a *session*: a fork that locks itself in before it reads its
 first snippet, then runs snippet after snippet in one namespace (snippet.py). In the caller's
-process a pool of threads waits for them, one thread for each snippet that runs. A session that
-hangs, dies or holds too much is killed, and made again by replaying the snippets that ended by
-themselves.
+process a pool of threads waits for the snippets. A session that hangs, dies or holds too much is
+killed, and made again by replaying the snippets that ended by themselves.
 
 Whoever writes the snippets may run any code in the session, machine code included. It must not read
 or write a file, reach the network, start or signal a process, see the caller's secrets, disturb
@@ -49,7 +48,6 @@ from typing import Literal
 import snippet
 
 LAYERS = ("namespace", "rlimits", "uid", "landlock", "seccomp")
-CODE_BYTES = 64 << 10  # before any parse: ast.parse of 20 MB takes a minute and 8 GB
 OUTPUT_BYTES = 1 << 20  # a snippet that prints more is stopped
 MEMORY_BYTES = 2 << 30  # a snippet that needs more is stopped
 TICK = 20  # milliseconds between two looks at a running snippet
@@ -111,12 +109,11 @@ class Session:
 
     def execute(self, code: str, seconds: float) -> Result:
         """In a worker: run a snippet to its end."""
-        if len(code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
-            return Result("error", f"SyntaxError: the snippet is over {CODE_BYTES >> 10} KB", 0.0)
-        self.box.idle.pop(self, None)
+        if self.box.idle.pop(self, None) is None:
+            self.process = None  # none yet, or stopped, or killed to make room
         try:
             note = self.prepare()
-            result = self.process.run(len(self.history), code, seconds, self.closed)
+            result = self.process.run(code, seconds, self.closed)
         except OSError as error:
             return Result("crashed", f"CrashError: no process could be started: {error}", 0.0)
         if result.status in ENDED_BY_ITSELF:
@@ -138,8 +135,8 @@ class Session:
                 raise OSError("the session is closed")
             self.process = self.box.new_process()
             for number, (code, past) in enumerate(self.history):
-                result = self.process.run(number, code, 2 * past.seconds + 1, self.closed)
-                if result.status != past.status:
+                again = self.process.run(code, 2 * past.seconds + 1, self.closed)
+                if again.status != past.status:
                     note = f"(of the earlier snippets only the first {number} could be repeated)\n"
                     self.history = self.history[:number]
                     self.process.kill()
@@ -155,16 +152,15 @@ class Sandbox(contextlib.AbstractContextManager):
         self.pid = os.getpid()
         self.workers = workers or len(os.sched_getaffinity(0))
         self.lock = threading.Lock()  # for `zygote` and `closed`
-        self.zygote: Zygote | None = None
+        self.zygote: subprocess.Popen | None = None
         self.closed = False
 
-        # Idle sessions are kept while they take half of the descriptors (three each) and a quarter
-        # of the memory at most.
+        # Idle sessions are kept, up to a number (they take three descriptors each) and a quarter of
+        # the memory.
         self.idle: OrderedDict[Session, int] = OrderedDict()  # bytes of each, longest idle first
         self.room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 6
         self.memory = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() // 4
 
-        # A zygote dies with the thread that started it: so that is one of the pool's.
         self.threads = ThreadPoolExecutor(self.workers)
         self.ready = self.threads.submit(self.start)
 
@@ -183,13 +179,12 @@ class Sandbox(contextlib.AbstractContextManager):
         with self.lock:
             self.closed = True
             if self.zygote:
-                self.zygote.process.kill()
+                self.zygote.kill()
         self.threads.shutdown()
-        while self.drop_longest_idle():
-            pass
+        self.shrink(0, 0)
         if self.zygote:
-            self.zygote.process.wait()
-            self.zygote.control.close()
+            self.zygote.wait()
+            self.control.close()
 
     def start(self) -> dict[str, str]:
         """Start the zygote, and judge by a first session what this host gives."""
@@ -206,15 +201,12 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def new_process(self) -> "Process":
         """A fork of the zygote. Where the system has no room for it, idle sessions make room."""
-        patience = time.monotonic() + 2
-        while True:
-            try:
-                process = Process(self.living_zygote())
-                break
-            except OSError:
-                if not self.drop_longest_idle() and time.monotonic() > patience:
-                    raise
-                time.sleep(0.01)  # for its process to end
+        try:
+            process = Process(self.zygote_socket())
+        except OSError:
+            self.shrink(0, 0)
+            time.sleep(0.5)  # for processes to end
+            process = Process(self.zygote_socket())
         said = process.report["seccomp"]
         if "seccomp" in self.layers and not said.startswith("on"):
             process.kill()
@@ -222,29 +214,28 @@ class Sandbox(contextlib.AbstractContextManager):
             raise SandboxError(f"no safe sandbox on this host: without seccomp ({said}); {remedy}")
         return process
 
-    def living_zygote(self) -> "Zygote":
+    def zygote_socket(self) -> socket.socket:
+        """Of a zygote that is alive."""
         with self.lock:
             if self.closed:
                 raise SandboxError("the sandbox is closed")
-            if self.zygote is None or self.zygote.process.poll() is not None:
-                self.zygote = Zygote(self.layers)
-            return self.zygote
+            if self.zygote is None or self.zygote.poll() is not None:
+                self.zygote, self.control = start_zygote(self.layers)
+            return self.control
 
     def shelve(self, session: Session) -> None:
-        """Make an idle session's process the box's; too many, or too big, and the oldest go."""
-        self.idle[session] = session.process.private_bytes()
-        while len(self.idle) > self.room or sum(list(self.idle.values())) > self.memory:
-            self.drop_longest_idle()
+        """Make an idle session's process the box's, which may kill it."""
+        self.idle[session] = session.process.memory() - session.process.inherited
+        self.shrink(self.room, self.memory)
         if session.closed.is_set():
             session.close()
 
-    def drop_longest_idle(self) -> bool:
-        try:
-            session, _ = self.idle.popitem(last=False)
-        except KeyError:
-            return False
-        session.process.kill()
-        return True
+    def shrink(self, room: int, memory: int) -> None:
+        """Kill the longest idle sessions until so many are left, of so many bytes together."""
+        while len(self.idle) > room or sum(list(self.idle.values())) > memory:
+            with contextlib.suppress(KeyError):  # another thread was quicker
+                session, _ = self.idle.popitem(last=False)
+                session.process.kill()
 
 
 # ---- A session's process and the zygote, as the caller sees them
@@ -253,13 +244,13 @@ class Sandbox(contextlib.AbstractContextManager):
 class Process:
     """A fork of the zygote: a socket, a pipe of output, a pidfd. What comes out is not trusted."""
 
-    def __init__(self, zygote: "Zygote"):
+    def __init__(self, zygote: socket.socket):
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         read, write = os.pipe()
         os.set_blocking(read, False)
         self.output = open(read, "rb", buffering=0)
         with control, open(write, "wb", buffering=0) as output:
-            socket.send_fds(zygote.control, [b"fork"], [control.fileno(), output.fileno()])
+            socket.send_fds(zygote, [b"fork"], [control.fileno(), output.fileno()])
         self.control.settimeout(300)  # the zygote may still be loading
         said = self.control.recv(1000).decode()  # before any snippet: trusted
         if not said.startswith("{"):
@@ -267,11 +258,11 @@ class Process:
         self.report = json.loads(said)
         self.pid = int(self.report.pop("pid"))
         self.pidfd = os.pidfd_open(self.pid)
-        self.inherited = self.resident_bytes()
+        self.inherited = self.memory()
         self.events = select.poll()
         self.events.register(self.control, select.POLLIN)
 
-    def run(self, number: int, code: str, seconds: float, closed: threading.Event) -> Result:
+    def run(self, code: str, seconds: float, closed: threading.Event) -> Result:
         """Send a snippet; empty the pipe by the clock (a flood then costs nothing) until it ends.
 
         Unless it ended by itself, the process is dead afterwards.
@@ -281,7 +272,7 @@ class Process:
         status = ""
         self.signal(signal.SIGCONT)
         try:
-            self.control.send(f"{number}\n".encode() + code.encode("utf-8", "surrogatepass"))
+            self.control.send(code.encode("utf-8", "surrogatepass") + b"\n")  # never empty
         except OSError:
             status = "crashed"
         while not status:
@@ -319,15 +310,12 @@ class Process:
         """Whether the process is still there and has kept quiet since its last reply."""
         return not self.output.closed and not self.events.poll(0)
 
-    def resident_bytes(self) -> int:
-        """Its memory that is no file's."""
+    def memory(self) -> int:
+        """Its resident bytes that are no file's; a new fork has those of the zygote."""
         with contextlib.suppress(OSError), open(f"/proc/{self.pid}/statm") as file:
-            resident, shared = file.read().split()[1:3]
+            _, resident, shared, *_ = file.read().split()
             return (int(resident) - int(shared)) * resource.getpagesize()
         return 0
-
-    def private_bytes(self) -> int:
-        return max(0, self.resident_bytes() - self.inherited)
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(OSError):  # it is dead already
@@ -341,100 +329,81 @@ class Process:
             self.output.close()
 
 
-class Zygote:
-    """The process that all sessions are forks of. They die with it; then another is started."""
-
-    def __init__(self, layers: list[str]):
-        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        config = {"fd": theirs.fileno(), "parent": os.getpid(), "layers": layers}
-        environment = {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
-        for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS"):
-            environment[f"{library}_NUM_THREADS"] = "1"  # a session cannot start a thread
-        if "LD_LIBRARY_PATH" in os.environ:
-            environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-        python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
-        with theirs:
-            self.process = subprocess.Popen(
-                [*python, os.path.abspath(__file__), "--zygote", json.dumps(config)],
-                cwd="/",
-                env=environment,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is not for it
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
+def start_zygote(layers: list[str]) -> tuple[subprocess.Popen, socket.socket]:
+    """The process that all sessions are forks of, and how to ask it for one."""
+    control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
+    script = os.path.abspath(__file__)
+    environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
+    environment |= {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
+    for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS"):
+        environment[f"{library}_NUM_THREADS"] = "1"  # a session cannot start a thread
+    with theirs:
+        zygote = subprocess.Popen(
+            [*python, script, "--zygote", str(theirs.fileno()), *layers],
+            cwd="/",
+            env=environment,
+            pass_fds=[theirs.fileno()],
+            start_new_session=True,  # Ctrl-C is not for it
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+    return zygote, control
 
 
 # ---- The zygote
 
 
-def zygote_main(config: dict) -> None:
-    """Load; then fork as often as asked, until the caller is gone."""
+def zygote_main(control: socket.socket, layers: list[str]) -> None:
+    """Load; then fork as often as asked, until the caller is gone and the socket closed."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no session becomes a zombie
-    die_with(config["parent"])
-    oom_score(500)  # short of memory, the kernel takes sessions (1000), then this, then the caller
-    zygote = os.getpid()
-    control = socket.socket(fileno=config["fd"])
-    problem = None
-    try:
-        snippet.preload()
-        if len(os.listdir("/proc/self/task")) != 1:
-            raise RuntimeError("the zygote has more than one thread")
-        config["filter"] = seccomp_filter(os.uname().machine)
-    except Exception as error:
-        problem = error
+    snippet.preload()
+    assert len(os.listdir("/proc/self/task")) == 1, "a fork has no threads"
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 100, 2)
         if len(descriptors) != 2:
             return
         session, output = descriptors
         try:
-            if problem:
-                raise problem
             if os.fork() == 0:
-                session_main(config, zygote, session, output)
-        except Exception as error:  # no room for a process
-            os.write(session, f"{type(error).__name__}: {error}".encode()[:1000])
+                session_main(session, output, layers)
+        except OSError as error:  # no room for a process
+            os.write(session, str(error).encode())
         os.close(session)
         os.close(output)
 
 
-def session_main(config: dict, zygote: int, control: int, output: int) -> None:
+def session_main(control: int, output: int, layers: list[str]) -> None:
     """In a fork: lock itself in, say how, and run what comes on descriptor 3."""
     try:
-        oom_score(1000)
+        with contextlib.suppress(OSError):  # short of memory, the kernel takes sessions first
+            Path("/proc/self/oom_score_adj").write_text("1000")
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.dup2(control, 3)
         os.closerange(4, 65536)
-        report = lock_in(config, zygote)
+        report = lock_in(layers)
         os.write(3, json.dumps({"pid": os.getpid(), **report}).encode())
-        snippet.serve(guarded="namespace" in config["layers"])
+        snippet.serve(guarded="namespace" in layers)
     finally:
         os._exit(0)
-
-
-def oom_score(value: int) -> None:
-    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
-        file.write(str(value))
 
 
 # ---- The kernel's walls, put up in the session before it reads anything
 
 
-def lock_in(config: dict, parent: int) -> dict[str, str]:
+def lock_in(layers: list[str]) -> dict[str, str]:
     """Put up the walls in the one order that works. Returns {layer: "on: ..." | "off: why"}."""
-    walls = {"rlimits": set_rlimits, "uid": drop_privileges, "landlock": landlock}
-    walls["seccomp"] = lambda: seccomp(config["filter"])
     report = {}
-    for name, wall in walls.items():
+    for wall in (rlimits, uid, landlock, seccomp):
+        name = wall.__name__
         if name == "landlock":  # after setuid, which clears the first two
-            die_with(parent)
+            libc_call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: with the zygote
             libc_call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem
             libc_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         try:
-            report[name] = f"on: {wall()}" if name in config["layers"] else "off: not asked for"
+            report[name] = f"on: {wall()}" if name in layers else "off: not asked for"
         except OSError as error:
             report[name] = f"off: {error.strerror}"
     return report
@@ -450,14 +419,7 @@ def libc_call(name: str, *args) -> int:
     return result
 
 
-def die_with(parent: int) -> None:
-    """SIGKILL to this process when its parent dies, or at once if that has happened already."""
-    libc_call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        os._exit(1)
-
-
-def set_rlimits() -> str:
+def rlimits() -> str:
     """Hard = soft, so that nothing can be raised again. Above the zygote's own mappings: memory."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {"AS": mapped + MEMORY_BYTES, "STACK": 64 << 20, "NOFILE": 16}
@@ -470,17 +432,14 @@ def set_rlimits() -> str:
     return f"{MEMORY_BYTES >> 20} MB"
 
 
-def drop_privileges() -> str:
+def uid() -> str:
     """Root becomes an unused uid, so that siblings differ; everybody loses all capabilities."""
-    status = Path("/proc/self/status").read_text()
-    effective = int(re.search(r"CapEff:\s*(\w+)", status)[1], 16)
-    if os.geteuid() == 0 and effective >> 5 & 7 == 7:  # CAP_KILL (to kill them), SETGID, SETUID
-        for uid in (2_000_000_000 + os.getpid(), 65534):  # the latter where few ids are mapped
-            with contextlib.suppress(OSError):
-                os.setresgid(uid, uid, uid)
-                os.setgroups([])
-                os.setresuid(uid, uid, uid)
-                break
+    for unused in (2_000_000_000 + os.getpid(), 65534):
+        with contextlib.suppress(OSError):  # not root; or few ids are mapped: try the next
+            os.setresgid(unused, unused, unused)
+            os.setgroups([])
+            os.setresuid(unused, unused, unused)
+            break
     header = struct.pack("Ii", 0x20080522, 0)
     libc_call("capset", ctypes.c_char_p(header), ctypes.c_char_p(bytes(24)))
     warning = "" if os.getuid() else " (kept: only seccomp stops forks)"
@@ -500,27 +459,20 @@ def landlock() -> str:
     return f"ABI {abi}"
 
 
-def seccomp(program: bytes) -> str:
+def seccomp() -> str:
     """Install the filter: from here on, a system call that it does not allow fails. Try it."""
-    if not program:
+    if not FILTER:
         raise OSError(0, f"no system call table for {os.uname().machine}")
-    buffer = ctypes.create_string_buffer(program, len(program))
-    length = len(program) // 8
+    buffer = ctypes.create_string_buffer(FILTER, len(FILTER))
+    length = len(FILTER) // 8
     header = ctypes.create_string_buffer(struct.pack("HP", length, ctypes.addressof(buffer)))
     libc_call("prctl", 22, 2, ctypes.addressof(header), 0, 0)
-    attempts = {
-        "open": lambda: os.open("/etc/passwd", os.O_RDONLY),
-        "socket": socket.socket,
-        "fork": lambda: os.fork() or os._exit(0),
-        "exec": lambda: os.execv("/no/such/file", ["-"]),
-    }
-    for name, attempt in attempts.items():
+    for attempt in (lambda: os.open("/", 0), socket.socket, lambda: os.fork() or os._exit(0)):
         try:
             attempt()
-        except OSError as error:
-            if error.errno == 1:  # EPERM is the filter's, EACCES Landlock's
-                continue
-        raise OSError(0, f"{name} got through")
+        except PermissionError:
+            continue
+        raise OSError(0, "the filter does not hold")
     return f"{length} instructions"
 
 
@@ -554,11 +506,11 @@ def seccomp_filter(machine: str) -> bytes:
 
     An instruction is (code, jump if true, jump if false, constant); jumps count from the next one.
     """
-    if machine not in ARCHITECTURES or sys.maxsize < 1 << 32:
+    if machine not in ARCHITECTURES:
         return b""
     column, architecture = ARCHITECTURES[machine]
     LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
-    KILL, ALLOW, EPERM, ENOSYS = 0x80000000, 0x7FFF0000, 0x50001, 0x50026
+    KILL, ALLOW, EPERM = 0x80000000, 0x7FFF0000, 0x50001
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
     program.append((LOAD, 0, 0, 0))
     for name, *numbers in re.findall(r"(\w+) (\d+) (\d+)", SYSCALLS):
@@ -570,9 +522,11 @@ def seccomp_filter(machine: str) -> bytes:
             body.append((RETURN, 0, 0, EPERM))
         body.append((RETURN, 0, 0, ALLOW))
         program += [(EQUAL, 0, len(body), int(numbers[column])), *body]
-    program += [(EQUAL, 0, 1, 435), (RETURN, 0, 0, ENOSYS)]  # clone3: libc falls back to clone
     program.append((RETURN, 0, 0, EPERM))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+
+
+FILTER = seccomp_filter(os.uname().machine)
 
 
 # ---- The command
@@ -599,10 +553,10 @@ def main() -> int:
     code = sys.stdin.read() if flags.code == "-" else flags.code
     try:
         with Sandbox(workers=1, mode=flags.sandbox) as box:
+            report = box.wait_ready()
             if flags.check:
-                print("\n".join(f"{name:12} {said}" for name, said in box.wait_ready().items()))
+                print("\n".join(f"{name:12} {said}" for name, said in report.items()))
                 return 0
-            box.wait_ready()
             result = box.session().run(code)
     except SandboxError as error:
         raise UserError(str(error)) from None
@@ -612,7 +566,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--zygote"]:
-        zygote_main(json.loads(sys.argv[2]))
+        zygote_main(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     else:
         from cli import run_main
 

@@ -9,12 +9,14 @@ import ast
 import builtins
 import contextlib
 import importlib
+import itertools
 import os
 import pkgutil
 import re
 import sys
 import textwrap
 import traceback
+from unittest.mock import MagicMock
 
 # ---- What a snippet may import
 
@@ -26,11 +28,6 @@ ALLOWED = """
     hashlib base64 binascii zlib struct unicodedata difflib graphlib locale weakref gc ast keyword
     _strptime _pydecimal stringprep linecache
 """.split()
-SCIPY = """
-    scipy.cluster scipy.constants scipy.differentiate scipy.fft scipy.integrate scipy.interpolate
-    scipy.linalg scipy.ndimage scipy.optimize scipy.signal scipy.sparse.linalg scipy.sparse.csgraph
-    scipy.spatial.distance scipy.special scipy.stats.qmc scipy.stats.mstats
-""".split()  # its parts load lazily
 PLOTTING = "matplotlib mpl_toolkits seaborn pylab".split()
 
 
@@ -38,52 +35,28 @@ class Refused(ImportError):
     """An import that is not on the list. A snippet that does not catch it ends as `blocked`."""
 
 
-class NoDisplay:
-    """Stands for matplotlib and all that is in it: takes any use; show() says what is missing."""
-
-    def __init__(self, name: str):
-        self._name = name
-
-    def __getattr__(self, name):
-        return NoDisplay(name)
-
-    def __call__(self, *_, **__):
-        if self._name in ("show", "savefig"):
-            print("(there is no display: nothing is drawn; print numbers instead)")
-        return self
-
-    def __iter__(self):  # figure, axes = plt.subplots()
-        return iter((self, self))
-
-    __getitem__ = __setitem__ = __call__
+# Stands for matplotlib and all that is in it: takes any use, draws nothing.
+NO_DISPLAY = MagicMock()
+NO_DISPLAY.pyplot = NO_DISPLAY
+NO_DISPLAY.subplots.return_value = (NO_DISPLAY, NO_DISPLAY)  # figure, axes
+NO_DISPLAY.show = NO_DISPLAY.savefig = lambda *_, **__: print(
+    "(there is no display: print numbers)"
+)
 
 
 def guarded_import(name, globals=None, locals=None, fromlist=(), level=0):
     top = name.split(".")[0]
     if top in PLOTTING:
-        return NoDisplay(top)
+        return NO_DISPLAY
     if level or top not in ALLOWED:
         most = "numpy, scipy, sympy, math and most of the standard library are"
         raise Refused(f"no module {'.' * level}{name} here; {most}")
     return __import__(name, globals, locals, fromlist, level)
 
 
-def refuse(*_, **__):
-    raise PermissionError("snippets have no files, no input and no debugger")
-
-
-def new_namespace(guarded: bool) -> dict:
-    """The globals in which all snippets of a trace run."""
-    inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
-    if guarded:
-        inside |= dict.fromkeys(("open", "input", "breakpoint"), refuse)
-        inside["__import__"] = guarded_import
-    return {"__name__": "__main__", "__builtins__": inside}
-
-
 WARM_UP = """
 import gc, os, random, sys, warnings
-import numpy, scipy.integrate, sympy
+import numpy, sympy
 
 sys.set_int_max_str_digits(200_000)
 sys.setrecursionlimit(10_000)  # with 64 MB of stack
@@ -94,8 +67,6 @@ sympy.solve(x**2 - 3 * x + 2, x)
 sympy.integrate(x * sympy.sin(x), x)
 sympy.factorint(1001)
 sympy.simplify(sympy.sin(x) ** 2)
-numpy.linalg.eigvals(numpy.eye(3))
-scipy.integrate.quad(lambda t: t, 0, 1)
 warnings.resetwarnings()
 for kind in "Deprecation PendingDeprecation Syntax Import Resource".split():
     warnings.simplefilter("ignore", eval(kind + "Warning"))
@@ -106,27 +77,28 @@ gc.freeze()  # the collector leaves these pages shared
 """
 
 
+ABSENT = "torch tensorflow jax cupy numba llvmlite matplotlib pandas aesara IPython".split()
+SKIPPED = "test|bench|pyglet|llvm|f2py|distutils|__main__|sympy.this|_docs?$|parsing.latex|mbcs|oem"
+
+
 def preload() -> None:
     """Import all that a snippet may import, now or lazily: afterwards no file can be opened."""
-    absent = (
-        "torch tensorflow jax cupy numba llvmlite matplotlib pandas aesara pyglet IPython".split()
-    )
-    sys.modules.update(dict.fromkeys(absent))  # None: sympy's printers import these if they can
-    skip = re.compile(
-        "test|bench|pyglet|llvm|f2py|distutils|__main__|sympy.this|_docs?$|parsing.latex|mbcs|oem"
-    )
-    for name in ("sympy", "mpmath", "numpy", "encodings"):
-        path = importlib.import_module(name).__path__
-        for module in pkgutil.walk_packages(path, name + ".", onerror=lambda _: None):
-            if not skip.search(module.name):
-                with contextlib.suppress(Exception):
-                    importlib.import_module(module.name)
-    for name in absent:
+    sys.modules.update(dict.fromkeys(ABSENT))  # None: sympy's printers import these if they can
+    for package in ("sympy", "mpmath", "numpy", "encodings"):
+        path = importlib.import_module(package).__path__
+        for module in pkgutil.walk_packages(path, package + ".", onerror=lambda _: None):
+            load(module.name)
+    for name in ABSENT:
         del sys.modules[name]
-    for name in ALLOWED + SCIPY:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+    for name in ALLOWED + [f"scipy.{name}" for name in dir(importlib.import_module("scipy"))]:
+        load(name)
     exec(WARM_UP, {})
+
+
+def load(name: str) -> None:
+    if not re.search(SKIPPED, name):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 # ---- From a model's text to what it gives
@@ -157,28 +129,28 @@ def unwrap(code: str) -> str:
     """The code without fences, prompts, magic commands, odd spaces and common indentation."""
     code = re.sub("[\ufeff\u200b-\u200d\u2060]", "", code)
     code = re.sub("[\xa0\u2000-\u200a\u202f\u3000]", " ", code)
-    code = re.sub(r"(?m)(\S)[ \t]*(```|~~~)[ \t]*$", r"\1\n\2", code)  # a fence behind code
-    inside, outside, is_open = [], [], False
-    for line in code.split("\n"):
-        if fence := re.match(r"\s*(?:```|~~~)[ \t]*([\w+-]*)\s*$", line):
-            is_open = bool(fence[1]) or not is_open
-        elif not line.lstrip().startswith(("%", "!")):
-            (inside if is_open else outside).append(line)
-    code = textwrap.dedent("\n".join(inside or outside))
+    code = re.sub(r"(?m)^[ \t]*[%!].*$", "", code)  # %matplotlib inline, !pip install
+    blocks = re.findall(r"(?s)(?:```|~~~)[\w+-]*[ \t]*\n(.*?)(?:```|~~~|\Z)", code)
+    code = "".join(blocks).strip("\n") or re.sub(r"(?:```|~~~)[\w+-]*", "", code)
+    code = textwrap.dedent(code)
     prompts = re.findall(r"(?m)^(?:>>>|\.\.\.) ?(.*)$", code)
-    return "\n".join(prompts) if ">>>" in code and prompts else code
+    return "\n".join(prompts) or code
 
 
 def serve(guarded: bool) -> None:
-    """Requests `NUMBER\\nCODE` on descriptor 3, a status as reply, until the socket closes.
+    """Snippet after snippet from descriptor 3, a status as reply, until the socket closes.
 
-    All snippets run in one namespace, so variables are kept.
+    All run in one namespace, so variables are kept.
     """
-    namespace = new_namespace(guarded)
-    while request := os.read(3, 1 << 17):
-        number, _, code = request.partition(b"\n")
-        status = run(code.decode("utf-8", "surrogatepass"), int(number), namespace)
-        os.write(3, status.encode())
+    inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
+    if guarded:
+        inside["__import__"] = guarded_import
+    namespace = {"__name__": "__main__", "__builtins__": inside}
+    for number in itertools.count():
+        code = os.read(3, 1 << 20).decode("utf-8", "surrogatepass")
+        if not code:
+            return
+        os.write(3, run(code, number, namespace).encode())
 
 
 def run(code: str, number: int, namespace: dict) -> str:
@@ -188,15 +160,15 @@ def run(code: str, number: int, namespace: dict) -> str:
     (refused here or by the kernel) or memory.
     """
     filename = f"<snippet {number}>"
-    out = open(1, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
-    out.reconfigure(line_buffering=True)  # so that a stopped snippet's output is not lost
+    # Line by line, so that a stopped snippet's output is not lost.
+    out = open(1, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = out
     status, problem = "ok", None
     try:
         tree, last = parse(code, filename), None
         if tree.body and isinstance(tree.body[-1], ast.Expr):  # its value is shown
-            last = compile(ast.Expression(tree.body.pop().value), filename, "eval", 0, True)
-        body = compile(tree, filename, "exec", 0, True)
+            last = compile(ast.Expression(tree.body.pop().value), filename, "eval")
+        body = compile(tree, filename, "exec")
         for name in ("random", "numpy.random", "sympy.core.random"):
             importlib.import_module(name).seed(number)
         exec(body, namespace)

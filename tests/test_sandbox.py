@@ -1,4 +1,4 @@
-"""The sandbox: attacks judged by their effects, faults, the filter, the pool, ordinary snippets.
+"""The sandbox: attacks judged by their effects, faults, the filter, recoveries, ordinary snippets.
 
 Every attack runs in a session with no layer at all, where it must do its damage (else it proves
 nothing; those that would hurt the machine are spared), with all layers, with the kernel's alone,
@@ -6,6 +6,7 @@ with seccomp alone, and, where marked, with Landlock alone. Damage is what `Worl
 outside, or `ESCAPED` printed by an attack whose gain is only visible inside.
 """
 
+import contextlib
 import itertools
 import os
 import random
@@ -40,7 +41,7 @@ def read(name):
 
 
 class World:
-    """What an attack may not touch: files, environment, listeners, another process."""
+    """What an attack may not touch: files, listeners, another process and its environment."""
 
     def __init__(self):
         self.token = "TOKEN" + secrets.token_hex(12)
@@ -61,7 +62,6 @@ class World:
         os.utime(self.path("victim"), (10**9, 10**9))
         os.chmod(self.dir, 0o777)
         os.chmod(self.path("victim"), 0o666)
-        self.tree = self.look()
         for name, family, kind, address in (
             ("tcp", socket.AF_INET, socket.SOCK_STREAM, ("127.0.0.1", 0)),
             ("udp", socket.AF_INET, socket.SOCK_DGRAM, ("127.0.0.1", 0)),
@@ -70,9 +70,9 @@ class World:
         ):
             self.listeners[name] = server = socket.socket(family, kind)
             server.bind(address)
+            server.setblocking(False)
             if kind == socket.SOCK_STREAM:
                 server.listen()
-            server.setblocking(False)
         os.chmod(self.dir + ".unix", 0o777)
         self.sibling = subprocess.Popen(
             [sys.executable, "-c", "print(flush=True); import time; time.sleep(1000)"],
@@ -81,7 +81,7 @@ class World:
             process_group=0,
         )
         self.sibling.stdout.readline()
-        self.state = self.sibling_state()
+        self.tree, self.state = self.look(), self.sibling_state()
 
     def clear(self):
         shutil.rmtree(self.dir, ignore_errors=True)
@@ -106,37 +106,27 @@ class World:
     def sibling_state(self):
         pid = self.sibling.pid
         stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-        if self.sibling.poll() is not None or stat == "Z":
-            return "dead"
         limit = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         nice = os.getpriority(os.PRIO_PROCESS, pid)
-        return stat in "tT", nice, os.sched_getaffinity(pid), limit
+        return stat in "tTZX", nice, os.sched_getaffinity(pid), limit
 
     def damage(self, output):
         """The set of effects an attack had; mends them."""
-        found = set()
-        if self.look() != self.tree:
-            found.add("files")
+        found = {"files"} if self.look() != self.tree else set()
         for name, server in self.listeners.items():
-            try:
+            with contextlib.suppress(BlockingIOError):
                 stream = server.type == socket.SOCK_STREAM
                 server.accept()[0].close() if stream else server.recv(100)
                 found.add(name)
-            except BlockingIOError:
-                pass
         time.sleep(0.005)  # a signal on its way, a tracer on its way out
-        try:
-            same = self.sibling_state() == self.state
-        except OSError:
-            same = False
-        if not same:
+        if self.sibling.poll() is not None or self.sibling_state() != self.state:
             found.add("sibling")
+        if found:
+            self.reset()
         if self.token in output or "54321" in output:
             found.add("secret")
         if "ESCAPED" in output:
             found.add("inside")
-        if found - {"secret", "inside"}:
-            self.reset()
         return found
 
     def names(self):
@@ -209,9 +199,8 @@ def box(boxes):
 
 @pytest.fixture
 def session(box):
-    session = box.session()
-    yield session
-    session.close()
+    with contextlib.closing(box.session()) as session:
+        yield session
 
 
 def cases(config):
@@ -234,22 +223,22 @@ def test_attack(boxes, world, config, name):
     session.close()  # a tracer must be gone before its victim can be buried
     damage = world.damage(result.output)
     if config == "none":
-        for _ in range(20 if not damage else 0):  # on a busy machine a signal takes its time
-            time.sleep(0.05)
-            damage = damage or world.damage("")
+        end = time.monotonic() + 1
+        while not damage and time.monotonic() < end:  # a signal takes its time
+            damage = world.damage("")
         assert damage, f"not a live attack: {result}"
     else:
         assert not damage, (damage, result)
         assert "NameError" not in result.output and "SyntaxError" not in result.output, result
 
 
-def test_the_attacks_get_as_far_as_the_kernel(boxes):
-    """The prelude works with every layer on, so what stops an attack is not a missing name."""
-    for config in ("all", "kernel", "seccomp"):
-        session = boxes(config).session()
-        code = PRELUDE + "print(os.getppid() > 1, libc.getppid() == os.getppid())"
-        assert session.run(code).output == "True True"
-        session.close()
+@pytest.mark.parametrize("config", ["none", "all", "kernel", "seccomp"])
+def test_the_attacks_get_as_far_as_the_kernel(boxes, config):
+    """What stops an attack is not a missing name. Nor is the caller's environment there to see."""
+    environment = "dict(os.environ), libc.getenv(b'SANDBOX_TEST_KEY'), sys.argv"
+    code = f"print(libc.getppid() == os.getppid() > 1, {environment})"
+    output = boxes(config).session().run(PRELUDE + code).output
+    assert output.startswith("True {} 0 [") and "ENVTOKEN" not in output, output
 
 
 # ---- The filter
@@ -316,7 +305,7 @@ def test_the_filter_is_the_policy(machine):
             data = struct.pack("iIQ6Q", number if number < 1 << 31 else -1, arch, 0, *args)
             verdict = run_bpf(program, data)
             expected = 0x7FFF0000 if allowed(machine, number, args) else 0x50001
-            assert verdict == (0x50026 if number == 435 else expected), (number, args)
+            assert verdict == expected, (number, args)
     for other in (0x40000003, 0xC00000B7 ^ 0xC000003E ^ arch, 0):
         assert run_bpf(program, struct.pack("iIQ6Q", 0, other, 0, *[0] * 6)) == 0x80000000
     assert sandbox.seccomp_filter("riscv64") == b""
@@ -325,7 +314,7 @@ def test_the_filter_is_the_policy(machine):
 @pytest.mark.skipif(not X86, reason="numbers of x86_64")
 def test_every_other_system_call_is_refused(boxes):
     """In truth, also x32's. 335 and 336 (uretprobe, uprobe) pass every filter by design."""
-    free = {*map(int, FREE["x86_64"].split()), *MAPS["x86_64"], 335, 336, 435}
+    free = {*map(int, FREE["x86_64"].split()), *MAPS["x86_64"], 335, 336}
     code = PRELUDE + textwrap.dedent(f"""
         for number in set(range(600)) - {free} | {{0x40000000 + n for n in range(600)}}:
             ctypes.set_errno(0)
@@ -333,9 +322,7 @@ def test_every_other_system_call_is_refused(boxes):
             if result != -1 or ctypes.get_errno() != 1:
                 print(number, result, ctypes.get_errno())
         """)
-    session = boxes("seccomp").session()
-    assert session.run(code).output == NOTHING
-    session.close()
+    assert boxes("seccomp").session().run(code).output == NOTHING
 
 
 def test_rlimits_alone(boxes, world):
@@ -350,7 +337,6 @@ def test_rlimits_alone(boxes, world):
     assert "Too many open files" in session.run(code + "[os.dup(1) for i in range(99)]").output
     if not ROOT:
         assert "Resource temporarily unavailable" in session.run(code + "os.fork()").output
-    session.close()
 
 
 @pytest.mark.skipif(not ROOT, reason="needs root")
@@ -365,17 +351,13 @@ def test_uid_alone(boxes, world):
         "os.kill(SIBLING, 9)",
         f"os.kill({other.process.pid}, 9)",
         "os.setuid(0)",
-        "os.setgid(0)",
         "os.kill(os.getppid(), 9)",
-        "os.chown(SECRET, 1, 1)",
     ):
         assert session.run(code + attempt).status == "blocked", attempt
     assert not world.damage("") - {"files"} and other.run("x").output == "5"
     status = "[l.split()[1] for l in bi.open('/proc/self/status') if l[:6] in ('CapEff', 'CapPrm')]"
     assert session.run(code + status).output == str(["0" * 16] * 2)
     world.reset()
-    session.close()
-    other.close()
 
 
 def test_nothing_is_shared_between_sessions(boxes):
@@ -384,26 +366,14 @@ def test_nothing_is_shared_between_sessions(boxes):
     session.run("1")
     pid = session.process.pid
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
-    assert Path(f"/proc/{session.box.zygote.process.pid}/oom_score_adj").read_text() == "500\n"
     if ROOT:  # the session is not dumpable: others may not look
         maps = [line.split()[1] for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
         assert maps and not [m for m in maps if m[1] == "w" and (m[2] == "x" or m[3] == "s")]
         assert sorted(os.listdir(f"/proc/{pid}/fd")) == ["0", "1", "2", "3"]
-        assert os.getpgid(pid) == pid and "Threads:\t1" in Path(f"/proc/{pid}/status").read_text()
-    session.close()
+        assert "Threads:\t1" in Path(f"/proc/{pid}/status").read_text()
 
 
-def test_environment_is_not_inherited(boxes):
-    """The caller's environment does not reach a session, not even one without any layer."""
-    for config in ("none", "all"):
-        session = boxes(config).session()
-        code = "print(dict(os.environ), sys.argv, libc.getenv(b'SANDBOX_TEST_KEY'))"
-        output = session.run(PRELUDE + code).output
-        assert "ENVTOKEN" not in output and output.endswith(" 0"), output
-        session.close()
-
-
-# ---- Faults and bombs
+# ---- Faults
 
 
 def traces(name):
@@ -427,9 +397,6 @@ FAULTS += [  # that a text file cannot hold
         "print('a'\n": "SyntaxError: '(' was never closed (line 1: print('a')",
         "(" * 300 + ")" * 300: "too many nested parentheses",
         "-" * 60000 + "1": "nested too deeply",
-        "+".join(["1"] * 30000): "",
-        "x" + ".a" * 30000: "",
-        "#" * 70000: "SyntaxError: the snippet is over 64 KB",
         "x\x00": "null bytes",
         "'\ud800'": "UnicodeEncodeError",
     }.items()
@@ -446,31 +413,6 @@ def test_fault(box, fault):
     assert len(result.output) < 10_000
     if "random._os" not in code and status != "ok":
         assert session.run("kept").output == "42"
-    session.close()
-
-
-TRY = "\n    try: {}; n += 1\n    except (OSError, RuntimeError): pass"
-BOMBS = {
-    "fork": "for i in range(1000):" + TRY.format("os.fork()"),
-    "thread": "for i in range(1000):" + TRY.format("threading.Thread(target=print).start()"),
-    "dup": "for i in range(1000):" + TRY.format("os.dup(1)"),
-    "open": "for i in range(1000):" + TRY.format("os.open('/', 0)"),
-    "kill all": "for p in (-1, 0, 1, os.getppid(), *range(300, 3000)):"
-    + TRY.format("os.kill(p, 9)"),
-}
-
-
-@pytest.mark.parametrize("name", BOMBS)
-def test_bomb(boxes, name):
-    """With the namespace off as well; the neighbour lives."""
-    for config in ("all", "kernel"):
-        neighbour, session = boxes(config).session(), boxes(config).session()
-        neighbour.run("x = 1")
-        pid = neighbour.process.pid
-        assert session.run(PRELUDE + "n = 0\n" + BOMBS[name] + "\nn").output == "0"
-        assert neighbour.run("x").output == "1" and neighbour.process.pid == pid
-        session.close()
-        neighbour.close()
 
 
 def test_output_keeps_head_and_tail_and_no_escape_sequences(session):
@@ -504,8 +446,6 @@ def test_a_session_cannot_forge_replies_of_another(box):
         assert result.status in ("crashed", "memory")
         assert neighbour.result().output == "2"
     assert one.run("x").output == "1" and two.process.pid == pid
-    one.close()
-    two.close()
 
 
 def test_a_forged_reply_hurts_only_its_own_trace(box):
@@ -523,21 +463,9 @@ def test_a_forged_reply_hurts_only_its_own_trace(box):
     time.sleep(0.5)
     assert used() == before
     assert other.run("1 + 1").output == "2" and session.run("2", seconds=1).status == "timeout"
-    session.close()
-    other.close()
 
 
 # ---- The pool, and how it recovers
-
-
-def test_many_sessions_at_once(box):
-    sessions = [box.session() for _ in range(50)]
-    futures = [session.submit(f"x = {i}\nx * x") for i, session in enumerate(sessions)]
-    assert [future.result().output for future in futures] == [str(i * i) for i in range(50)]
-    for session in sessions:
-        session.close()
-    assert not box.idle
-    assert "the session is closed" in sessions[0].run("x").output
 
 
 @pytest.mark.parametrize("limit", ["room", "memory"])
@@ -554,8 +482,6 @@ def test_idle_sessions_are_dropped_and_rebuilt(boxes, monkeypatch, limit):
         outputs = [future.result().output for future in futures]
         assert len(box.idle) <= 4
         assert not turn or outputs == [str(i + turn) for i in range(10)]
-    for session in sessions:
-        session.close()
 
 
 def test_a_dead_zygote_is_replaced_again_and_again(boxes):
@@ -566,12 +492,11 @@ def test_a_dead_zygote_is_replaced_again_and_again(boxes):
     running = other.submit("while True: pass", 60)
     time.sleep(0.5)
     for _ in range(3):
-        box.zygote.process.kill()
-        assert running.result().status == "crashed"
+        box.zygote.kill()
+        result = running.result()
+        assert result.status == "crashed" and "ran out of memory" in result.output
         assert box.session().run("1").output == "1"
     assert session.run("x + 1").output == "6" and other.run("1").output == "1"
-    session.close()
-    other.close()
 
 
 def test_a_replay_that_fails_keeps_what_was_before_it(session):
@@ -582,7 +507,6 @@ def test_a_replay_that_fails_keeps_what_was_before_it(session):
     session.run("while True: pass", seconds=0.3)
     result = session.run("x")
     assert result.output == "(of the earlier snippets only the first 1 could be repeated)\n1"
-    assert session.run("y").status == "error" and session.run("x").output == "1"
 
 
 def test_a_replay_gets_the_time_that_it_took(session):
@@ -591,16 +515,6 @@ def test_a_replay_gets_the_time_that_it_took(session):
         session.run("import time\ntime.sleep(0.4)\nx = 1")
     session.run("while True: pass", seconds=0.3)
     assert session.run("x", seconds=0.5).output == "1"
-
-
-def test_a_kill_by_the_system_says_so(session):
-    future = session.submit("while True: pass", 60)
-    while session.process is None:
-        time.sleep(0.05)
-    time.sleep(0.2)
-    os.kill(session.process.pid, signal.SIGKILL)  # as the kernel does when memory runs out
-    result = future.result()
-    assert result.status == "crashed" and "ran out of memory" in result.output
 
 
 def script(code, **options):
@@ -615,121 +529,108 @@ def script(code, **options):
     return done.stdout
 
 
-RECOVERIES = {
+RECOVERIES = {  # first, what the script must print
     "the caller's descriptors run out": """
+        # True True
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
         with sandbox.Sandbox(2) as box:
             sessions = [box.session() for _ in range(40)]
-            print(sum(s.run(f"x = {i}; x").output == str(i) for i, s in enumerate(sessions)))
+            first = [s.run(f"x = {i}; x").output == str(i) for i, s in enumerate(sessions)]
             spare = [os.dup(1) for _ in range(len(os.listdir("/proc/self/fd")), 60)]
-            print(sum(s.run("x").output == str(i) for i, s in enumerate(sessions)) == 40)
+            print(all(first), all(s.run("x").output == str(i) for i, s in enumerate(sessions)))
         """,
     "processes run out": """
+        # Resource temporarily unavailable: 1 2
         with sandbox.Sandbox(1) as box:
-            box.wait_ready()
             one, two = box.session(), box.session()
             one.run("x = 1")
-            if os.getuid():
-                pid, which = box.zygote.process.pid, resource.RLIMIT_NPROC
-                before = resource.prlimit(pid, which)
-                resource.prlimit(pid, which, (1, before[1]))
-                said = two.run("1").output
-                assert "Resource temporarily unavailable" in said, said
-                resource.prlimit(pid, which, before)
+            before = resource.prlimit(box.zygote.pid, resource.RLIMIT_NPROC)
+            resource.prlimit(box.zygote.pid, resource.RLIMIT_NPROC, (1, before[1]))
+            print(two.run("1").output.split("] ")[-1], end=": ")
+            resource.prlimit(box.zygote.pid, resource.RLIMIT_NPROC, before)
             print(one.run("x").output, two.run("2").output)
         """,
     "a session is closed while it runs": """
+        # crashed the session is closed
         with sandbox.Sandbox(1) as box:
             session = box.session()
             threading.Timer(5, session.close).start()
-            print(session.run("while True: pass", 1000).status)
+            print(session.run("while True: pass", 1000).status, session.run("1").output[-21:])
         """,
     "the box is closed while snippets run": """
+        # crashed, the sandbox is closed, the sandbox is closed
         box = sandbox.Sandbox(1)
+        futures = [box.session().submit("while True: pass", 1000) for _ in range(3)]
         threading.Timer(5, box.close).start()
-        def run():
-            try: said = box.session().run("while True: pass", 1000).status
-            except sandbox.SandboxError as error: said = str(error)
-            sys.stdout.write(said + "\\n")
-        waiting = [threading.Thread(target=run) for _ in range(3)]
-        for thread in waiting: thread.start()
-        for thread in waiting: thread.join()
+        ends = [future.exception() or future.result().status for future in futures]
+        print(*ends, sep=", ")
         """,
     "the box is closed at once": """
+        #
         for _ in range(5): sandbox.Sandbox(3).close()
         """,
     "a forked child uses the box": """
+        # refused 1
         with sandbox.Sandbox(1) as box:
             session = box.session()
-            print(session.run("x = 1; x").output)
+            session.run("x = 1")
             if os.fork() == 0:
                 try: session.run("x")
-                except sandbox.SandboxError as error: print("refused")
-                sys.stdout.flush(); os._exit(0)
+                except sandbox.SandboxError as error: os.write(1, b"refused ")
+                os._exit(0)
             os.wait()
             print(session.run("x").output)
         """,
     "Ctrl-C while a snippet runs": """
+        # interrupted 1
         with sandbox.Sandbox(1) as box:
-            session = box.session()
             box.wait_ready()
             threading.Timer(1, os.kill, [os.getpid(), signal.SIGINT]).start()
-            try: session.run("while True: pass", 1000)
-            except KeyboardInterrupt: print("interrupted")
-            print(box.session().run("1").output)
+            try: box.session().run("while True: pass", 1000)
+            except KeyboardInterrupt: print("interrupted", box.session().run("1").output)
         """,
-    "the caller ignores SIGCHLD": """
+    "one core, and a caller that ignores SIGCHLD": """
+        # 1 timeout 1
         signal.signal(signal.SIGCHLD, signal.SIG_IGN)
-        with sandbox.Sandbox(1) as box:
+        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+        with sandbox.Sandbox() as box:
             session = box.session()
             session.run("x = 1")
-            print(session.run("while True: pass", 0.3).status, session.run("x").output)
-        """,
-    "one core": """
-        os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
-        with sandbox.Sandbox() as box: print(box.workers, box.session().run("1").output)
-        """,
-    "the box was made by a thread that has ended": """
-        boxes = []
-        thread = threading.Thread(target=lambda: boxes.append(sandbox.Sandbox(1)))
-        thread.start(); thread.join(); time.sleep(1)
-        print(boxes[0].session().run("1").output); boxes[0].close()
+            status = session.run("while True: pass", 0.3).status
+            print(box.workers, status, session.run("x").output)
         """,
 }
-SAID = [
-    "40\nTrue",
-    "1 2",
-    "crashed",
-    "crashed\n" + "the sandbox is closed\n" * 2,
-    "",
-    "1\nrefused\n1",
-    "interrupted\n1",
-]
-SAID += ["timeout 1", "1 1", "1"]
 
 
-@pytest.mark.parametrize("name,said", list(zip(RECOVERIES, SAID)))
-def test_recovery(name, said):
-    assert script(RECOVERIES[name]).strip() == said.strip()
-    if name == "processes run out" and ROOT:  # nothing is counted for root
-        nobody = {"user": 65534, "group": 65534, "extra_groups": []}
-        try:
-            subprocess.run([sys.executable, "-c", "import sympy"], check=True, cwd="/", **nobody)
-        except (OSError, subprocess.SubprocessError):
-            pytest.skip("an ordinary user cannot read the packages here")
-        assert script(RECOVERIES[name], **nobody).strip() == said
+@pytest.mark.parametrize("name", RECOVERIES)
+def test_recovery(name):
+    if name == "processes run out" and ROOT:
+        pytest.skip("root's processes are not counted")
+    said = RECOVERIES[name].split("\n")[1].strip(" #")
+    assert script(RECOVERIES[name]).strip() == said
 
 
 def family(pid):
-    """Zygotes and sessions started by a process."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        try:
-            if entry.name.isdigit() and f'"parent": {pid},' in (entry / "cmdline").read_text():
-                found.append(int(entry.name))
-        except OSError:
-            pass
-    return found
+    """The zygotes of a process and their sessions."""
+    children = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, parent = entry.read_text().rsplit(")", 1)[1].split()[:2]
+            children.setdefault(int(parent), set()).add(int(entry.parent.name))
+    zygotes = children.get(pid, set())
+    return zygotes.union(*(children.get(zygote, set()) for zygote in zygotes))
+
+
+def gone(pids):
+    def alive(pid):
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # empty: a zombie
+        return False
+
+    end = time.monotonic() + 20
+    while any(map(alive, pids)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, pids))
 
 
 CALLER = """
@@ -748,7 +649,7 @@ time.sleep(float(sys.argv[2]))
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT", "end without close"])
 def test_a_dead_caller_leaves_nothing(how):
-    seconds = "0" if how[0] == "e" else "100"
+    seconds = "1" if how[0] == "e" else "100"
     caller = subprocess.Popen(
         [sys.executable, "-c", CALLER, os.path.dirname(sandbox.__file__), seconds],
         stdout=subprocess.PIPE,
@@ -757,30 +658,24 @@ def test_a_dead_caller_leaves_nothing(how):
         process_group=0,
     )
     assert caller.stdout.readline() == "up\n"
+    processes = family(caller.pid)
+    assert len(processes) == 4
     if how[0] == "S":
-        assert len(family(caller.pid)) == 4
         os.killpg(caller.pid, getattr(signal, how))  # Ctrl-C goes to the whole group
     errors = caller.communicate(timeout=20)[1]
-    end = time.monotonic() + 10
-    while family(caller.pid) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not family(caller.pid) and errors.count("Traceback") == (how == "SIGINT")
+    assert gone(processes) and errors.count("Traceback") == (how == "SIGINT")
 
 
 def test_close_leaves_nothing(boxes):
-    before, others = sorted(os.listdir("/proc/self/fd")), set(family(os.getpid()))
+    before, others = sorted(os.listdir("/proc/self/fd")), family(os.getpid())
     box = Sandbox(workers=2)
     sessions = [box.session() for _ in range(5)]
     for session in sessions:
         session.run("x = 1")
     sessions[0].submit("while True: pass")
-    sessions[1].close()
+    processes = family(os.getpid()) - others
     box.close()
-    box.close()
-    end = time.monotonic() + 10
-    while set(family(os.getpid())) - others and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not set(family(os.getpid())) - others
+    assert processes and gone(processes)
     assert sorted(os.listdir("/proc/self/fd")) == before
 
 
@@ -805,37 +700,30 @@ def test_no_seccomp_refuses_unless_told():
         done = command(*args, preexec_fn=lambda: ctypes.CDLL(None).personality(8))
         assert done.returncode == status and text in done.stderr, done
         assert done.stderr.count("\n") == 1 and (status or done.stdout == "42\n")
-    early = "box = sandbox.Sandbox(2)\nprint(box.session().run('6 * 7').output)\nbox.close()"
+    early = """
+        with sandbox.Sandbox(2) as box:  # a snippet that comes before the judgement
+            print(repr(box.session().submit('6 * 7').exception()))
+        """
     said = script(early, preexec_fn=lambda: ctypes.CDLL(None).personality(8))
-    assert "no safe sandbox on this host" in said  # also where a snippet came before the judgement
+    assert "SandboxError('no safe sandbox on this host" in said
 
 
-def test_python_found_by_a_relative_path():
-    """`PATH=.venv/bin:$PATH python ...`: sys.executable is relative, and the zygote starts in /."""
-    path = os.path.relpath(sys.prefix) + "/bin:/usr/bin:/bin"
-    done = subprocess.run(
-        ["python", sandbox.__file__, "6 * 7"],
-        env=os.environ | {"PATH": path},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "")
-
-
-def command(*args, **options):
+def command(*args, python=sys.executable, **options):
     return subprocess.run(
-        [sys.executable, sandbox.__file__, *args], capture_output=True, text=True, **options
+        [python, sandbox.__file__, *args], capture_output=True, text=True, **options
     )
 
 
 def test_command():
-    done = command("print(2**100)")
+    # With PATH=.venv/bin sys.executable is relative, and the zygote starts in /.
+    path = os.path.relpath(sys.prefix) + "/bin:/usr/bin:/bin"
+    done = command("print(2**100)", python="python", env=os.environ | {"PATH": path})
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{2**100}\n", "")
     done = command("-", input="x = 1\nx / 0")
     assert done.returncode == 1 and "division by zero (line 2: x / 0)\n" in done.stdout
     done = command("--check")
     assert done.returncode == 0 and all(name in done.stdout for name in KERNEL)
-    for args in ("", "--nope", "1 --timeout x", "1 --timeout -1", "1 --sandbox none", "1 2"):
+    for args in ("", "--nope", "1 --sandbox none", "1 2"):
         done = command(*args.split())
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == "", args
 
@@ -859,14 +747,12 @@ def test_same_trace_same_outputs(box):
         for code in REPEATED:
             if kill and session.process:
                 os.kill(session.process.pid, signal.SIGKILL)
-                time.sleep(0.05)
+                while session.process.is_idle():
+                    time.sleep(0.01)
             outputs.append(session.run(code).output)
         runs.append(outputs)
         session.close()
-    with Sandbox(workers=1) as another:
-        session = another.session()
-        runs.append([session.run(code).output for code in REPEATED])
-    assert runs[0] == runs[1] == runs[2] and len(set(runs[0])) == len(REPEATED)
+    assert runs[0] == runs[1] and len(set(runs[0])) == len(REPEATED)
     assert not any("Error" in output for output in runs[0])
 
 
@@ -876,7 +762,6 @@ for code, output in {  # that a text file cannot hold
     "```\n2 + 2\n```\n": "4",
     "for i in range(3): print(i, end=' ')": "0 1 2 ",
     "    x = 6\n    print(x)\n": "6",
-    "\n    if True:\n        print(6)\n": "6",
     "\ufeffprint(7)": "7",
     "x\xa0=\xa07\nx": "7",
     "x = 7\u200b\nx": "7",

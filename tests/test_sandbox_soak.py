@@ -1,6 +1,6 @@
-"""10,000 snippets over 500 sessions, one in twenty hostile: every benign one right, nothing left.
-
-Less than a minute on two idle cores; part of `make test-all`.
+"""What takes long, part of `make test-all`: 10,000 snippets over 500 sessions, one in twenty
+hostile (every benign one right, nothing left; less than a minute on two idle cores), and a memory
+cgroup of 1.5 GB.
 """
 
 import os
@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from test_sandbox import PRELUDE, script
 
+import sandbox
 from sandbox import Sandbox
 
 SESSIONS, SNIPPETS = 500, 10_000
+ZYGOTE = f"{sandbox.__file__}\0--zygote"
 CLOSE_ALL = """
 import random
 for i in range(256):
@@ -38,13 +41,13 @@ HOSTILE = [  # each ends its session's process, or is refused
 
 
 def usage() -> tuple[int, int, int, int]:
-    """Descriptors and resident MB of this process; its zygotes and sessions; zombies."""
+    """Descriptors and resident MB of this process; zygotes and sessions of this file; zombies."""
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096 >> 20
     mine = zombies = 0
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdigit():
-                mine += f'"parent": {os.getpid()},' in (entry / "cmdline").read_text()
+                mine += ZYGOTE in (entry / "cmdline").read_text()
                 zombies += (entry / "stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
         except OSError:
             pass
@@ -98,3 +101,38 @@ def test_soak():
     assert all(a <= b + more for a, b, more in zip(after, before, slack))
     time.sleep(0.5)
     assert usage()[2] == 0
+
+
+OUT_OF_MEMORY = f"""
+import pathlib
+pathlib.Path(GROUP, "cgroup.procs").write_text(str(os.getpid()))
+with sandbox.Sandbox(2) as box:
+    one, two = box.session(), box.session()
+    one.run("x = 1")
+    before = box.zygote.pid, one.process.pid
+    shared = "r = libc.mmap(0, 1900 << 20, 3, 0x21, -1, 0); print(r, ctypes.get_errno())"
+    print(two.run({PRELUDE!r} + shared).output)
+    for _ in range(3):
+        result = two.run("x = bytearray(b'1') * (1900 << 20)", 60)
+        print(result.status, "ran out of memory" in result.output)
+    print(one.run("x + 1").output, before == (box.zygote.pid, one.process.pid))
+"""
+
+
+@pytest.mark.slow
+def test_out_of_memory_in_a_cgroup():
+    """1.5 GB for caller, zygote and sessions: only the session that takes too much dies."""
+    v1 = Path("/sys/fs/cgroup/memory")
+    group = (v1 if v1.exists() else v1.parent) / f"sandbox-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        limit = group / ("memory.limit_in_bytes" if v1.exists() else "memory.max")
+        limit.write_text(str(1536 << 20))
+        said = script(f"GROUP = {str(group)!r}" + OUT_OF_MEMORY)
+    except OSError as error:
+        pytest.skip(f"no memory cgroup can be made here: {error}")
+    finally:
+        time.sleep(0.5)  # for the last process to end
+        if group.exists():
+            group.rmdir()
+    assert said == "-1 1\n" + "crashed True\n" * 3 + "2 True\n"
