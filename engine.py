@@ -36,14 +36,11 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     Without --lora the embedded model gets the adapter that we trained for it, and a repository or
     folder that holds nothing but an adapter is loaded as its base model with the adapter on top.
     """
-    if model == "embedded":
-        adapter = str(ADAPTER)
-    else:
-        adapter = adapter_only(model)
+    adapter = str(ADAPTER) if model == "embedded" else adapter_only(model)
     if adapter:
         model = adapter_config(adapter)["base_model_name_or_path"]
-    if model == EMBEDDED_HUB and adapter:
-        model = str(embedded_model())
+        if model == EMBEDDED_HUB:
+            model = str(embedded_model())
     if lora:
         adapter = None if lora == "none" else lora
     return model, adapter
@@ -67,11 +64,10 @@ def adapter_config(folder: str) -> dict:
     try:
         config = json.loads(Path(folder, "adapter_config.json").read_text())
         safe_open(Path(folder, "adapter_model.safetensors"), "np")  # raises if it is not whole
-        return {"base_model_name_or_path": None, **config}
+        return config
     except (OSError, SafetensorError, ValueError, TypeError) as error:
-        needs = "it needs adapter_config.json and a whole adapter_model.safetensors"
-        what = f"{folder} is not a PEFT adapter folder: {needs}"
-        raise UserError(f"{what} ({first_line(error)})") from None
+        what = f"{folder} is not a PEFT adapter folder ({first_line(error)})"
+        raise UserError(f"{what}: adapter_config.json, adapter_model.safetensors") from None
 
 
 def from_pretrained(kind: str, model, **options):
@@ -126,15 +122,12 @@ def embedded_model() -> Path:
 
 
 def prepare_environment(verbose: bool) -> None:
-    """What vLLM reads from the environment; to be called before its first import.
-
-    The figures were measured with 64 traces of the 135M model on 2 cores.
-    """
+    """What vLLM reads from the environment; to be called before its first import."""
     cores = sorted(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30  # GiB
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: nothing is pickled
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all of them: 233 tok/s, not 135
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all: 233 tok/s, not 135, on two
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -416,20 +409,19 @@ def shared_prefix(model, prompts: list[list[int]]):
         inputs = torch.tensor([ids], device=model.device)  # (1, P)
         base.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == len(ids), "the model dropped its cache"
-        keys = [layer.keys for layer in cache.layers]  # (1, heads, P, D) each
-        return keys + [layer.values for layer in cache.layers]
+        return [(layer.keys, layer.values) for layer in cache.layers]  # (1, heads, P, D) each
 
-    def expand(N):
-        views = [tensor.expand(N, -1, -1, -1) for tensor in tensors]
-        half = len(views) // 2
-        return len(ids), DynamicCache(zip(views[:half], views[half:]))
+    def expand(N):  # views, not copies
+        size = (N, -1, -1, -1)
+        return len(ids), DynamicCache([(k.expand(size), v.expand(size)) for k, v in pairs])
 
     with torch.no_grad():
-        tensors = compute()
+        pairs = compute()
+    tensors = sum(pairs, ())
     for tensor in tensors:
         tensor.requires_grad_()
     yield expand
-    torch.autograd.backward(compute(), [tensor.grad for tensor in tensors])
+    torch.autograd.backward(sum(compute(), ()), [tensor.grad for tensor in tensors])
 
 
 # ---- Ranks
