@@ -86,10 +86,7 @@ from grade import Grader
 
 @dataclass(kw_only=True)
 class Config(DataFlags, AgentFlags):
-    """Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method.
-
-    The defaults are those of preset mini.
-    """
+    """Train a LoRA adapter with GRPO, see grpo.py's docstring. The defaults are preset mini's."""
 
     # the run
     preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"  # see presets/
@@ -341,7 +338,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
         totals.update(sums_of_rank)
     tokens = totals.pop("tokens")
     means = {name: total / tokens for name, total in totals.items()}
-    return {**means, "loss": totals["loss"] / len(norms), "grad_norm": fmean(norms)}
+    return means | {"loss": totals["loss"] / len(norms), "grad_norm": fmean(norms)}
 
 
 def sync(agent, model, folder, step) -> None:
@@ -533,9 +530,8 @@ def group_row(step, groups: Groups, tokenizer) -> dict:
 
 def report_step(row, steps) -> None:
     """Print a step in a line, and what is wrong with it in a second one."""
-    names = "reward accuracy code length truncated temperature grad_norm logprob_gap"
-    names += " seconds_rollout seconds_update"
-    values = [f"{name} {row[name]:.3g}" for name in names.split() if name in row]
+    names = "reward accuracy code length truncated temperature grad_norm logprob_gap".split()
+    values = [f"{name} {row[name]:.3g}" for name in names if name in row]
     print(f"step {row['step']:3d}/{steps}", *values, sep="  ", flush=True)
     limit = 0.1 if has_cuda() else 0.001  # what rounding explains, in bfloat16 and in float32
     if "loss" not in row:
@@ -588,18 +584,6 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     return problems[size:], problems[:size]
 
 
-def open_folder(config) -> None:
-    """Make OUT and write down the flags, or see that it is there to go on with."""
-    if config.resume:
-        return
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if any(out.iterdir()):
-        raise UserError(f"{out} is not empty: add --resume to go on with its run, or another --out")
-    row = {"flags": asdict(config), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    (out / "config.json").write_text(json.dumps(row, indent=1))
-
-
 def main() -> int:
     config = read_config()
     if config.merge:
@@ -610,10 +594,15 @@ def main() -> int:
     check_config(config)
     config = team.gather(config)[0]  # with rank 0's seed
     problems, held_out = load_sets(config)
-    if team.rank == 0:
-        open_folder(config)
-    else:
+    out = Path(config.out)
+    if team.rank > 0:
         sys.stdout = open(os.devnull, "w")  # one voice is enough
+    elif not config.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty: --resume goes on with its run, or another --out")
+        row = {"flags": asdict(config), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        (out / "config.json").write_text(json.dumps(row, indent=1))
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: the trainer needs room, too
     prepare_environment(config.verbose)
     with contextlib.ExitStack() as stack:
