@@ -63,6 +63,7 @@ def test_preset_paper_on_a_small_qwen(trained):
         assert trace["tokens"][trace["mask"].index(0) - 1] == "</tool_call>"
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_brings_its_base(trained):
     said = command("agent.py", "--model", trained / "last", *SHORT, "--json", "What is 6 * 7?")
     (trace,) = json.loads(said)["traces"]
