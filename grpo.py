@@ -81,8 +81,6 @@ from engine import shared_prefix, take_rank
 from evaluate import CUT, interval
 from grade import Grader
 
-# ---- The flags
-
 
 @dataclass(kw_only=True)
 class Config(DataFlags, AgentFlags):
@@ -579,8 +577,7 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     random.Random(f"{config.seed}/held out").shuffle(problems)
     size = config.eval_problems if config.eval_every else 0
     if len(problems) < size + config.problems:
-        needed = f"--eval-problems {size} and --problems {config.problems}"
-        raise UserError(f"{len(problems)} problems are too few for {needed}")
+        raise UserError(f"{len(problems)} are too few: lower --problems or --eval-problems")
     return problems[size:], problems[:size]
 
 
