@@ -181,7 +181,8 @@ def load_engine(
     """(LLMEngine in this process, LoRARequest or None). slots: traces that decode at once.
 
     max_len is the context to plan for; on a GPU where the cache is too small for it the engine
-    takes the longest that fits, see engine.model_config.max_model_len. Raises UserError.
+    takes the longest that fits, see engine.model_config.max_model_len. sleep: without effect, no
+    script asks for it. Raises UserError.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.lora.request import LoRARequest
