@@ -330,8 +330,8 @@ def check_flags(flags: AgentFlags) -> Prompt:
 
 
 @contextlib.contextmanager
-def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: bool = False):
-    """An Agent for `traces` traces of `problems`. sleep: see load_engine. Raises UserError."""
+def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
+    """An Agent for `traces` traces of `problems`. Raises UserError."""
     prompt = check_flags(flags)
     prepare_environment(flags.verbose)
     if flags.model != "embedded":
@@ -350,7 +350,7 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int, sleep: b
         max_len = min(context_length(model), longest + flags.max_tokens + outputs)
 
         slots = min(flags.batch, traces)
-        engine, request = load_engine(model, lora, max_len, slots, flags, sleep)
+        engine, request = load_engine(model, lora, max_len, slots, flags)
         fits = min(max_len, engine.model_config.max_model_len)
         if fits < max_len:
             print(f"the cache holds {fits} tokens, {max_len} were asked for", file=sys.stderr)
@@ -371,10 +371,8 @@ class Flags(AgentFlags):
 
     problem: tyro.conf.Positional[str | None] = None
     """The problem; - reads it from standard input; without one, problem after problem."""
-    n: int = 1
-    """Traces to sample; their answers are put to the vote."""
-    json: bool = False
-    """One JSON object on standard output and nothing else."""
+    n: int = 1  # traces to sample; their answers are put to the vote
+    json: bool = False  # one JSON object on standard output and nothing else
 
 
 def solve(agent: Agent, question: str, n: int) -> dict:

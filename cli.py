@@ -116,18 +116,13 @@ def go_offline_without_hub() -> None:
 class DataFlags:
     """Which problems."""
 
-    dataset: str = "arithmetic"
-    """A set by name (`python data.py --list`), a file, or an id on the hub, perhaps `id:config`."""
-    split: str | None = None
-    """Split of the dataset; without this flag `test`, or that of a set known by name."""
-    question_key: str | None = None
-    """Column of the question; without this flag the usual names."""
-    answer_key: str | None = None
-    """Column of the gold answer; without this flag the usual names."""
+    dataset: str = "arithmetic"  # a set by name (`data.py --list`), a file, a hub id or id:config
+    split: str | None = None  # without this flag `test`, or that of a set known by name
+    question_key: str | None = None  # column of the question; without this flag the usual names
+    answer_key: str | None = None  # column of the gold answer; without this flag the usual names
     where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """Keep matching rows only: topic=Algebra, difficulty=5-9."""
-    limit: int | None = None
-    """The first N problems."""
+    limit: int | None = None  # the first N problems
 
 
 @dataclass(kw_only=True)
@@ -136,43 +131,26 @@ class ModelFlags:
 
     model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"
     """Hub id, folder, or `embedded`: a small one that came with the packages."""
-    lora: str | None = None
-    """PEFT adapter folder, or `none`; without this flag the embedded model gets adapters/."""
-    batch: int = 256 if has_cuda() else 64
-    """Traces decoded at once."""
-    gpu_memory_utilization: float = 0.9
-    """Share of the GPU's memory for the engine."""
-    tensor_parallel: int = 1
-    """GPUs that share one model."""
-    verbose: bool = False
-    """Show the engine's log."""
+    lora: str | None = None  # PEFT adapter folder, or `none`; `embedded` has one in adapters/
+    batch: int = 256 if has_cuda() else 64  # traces decoded at once
+    gpu_memory_utilization: float = 0.9  # share of the GPU's memory for the engine
+    tensor_parallel: int = 1  # GPUs that share one model
+    verbose: bool = False  # show the engine's log
 
 
 @dataclass(kw_only=True)
 class AgentFlags(ModelFlags):
     """How problems are put to the model, and how it samples."""
 
-    agent: bool = True
-    """With the tool; --no-agent is plain reasoning, the baseline."""
-    prompt: str = "chat"
-    """`chat`, a name in prompts/, or a file with {question} in it: messages (.json) or text."""
-    few_shot: str | None = None
-    """Solved examples: turns (for small models), system, none; a file, or turns:file."""
-    sandbox: Literal["auto", "limits-only"] = "auto"
-    """limits-only: go on where the kernel has no seccomp, at your own risk."""
-    temperature: float = 0.6
-    """0 is greedy."""
-    top_p: float = 0.95
-    """Sample from the most likely tokens that have this probability together."""
-    top_k: int = 20
-    """Sample from the K most likely tokens; 0 is off."""
-    seed: int = 0
-    """Same seed, same traces, up to rounding that depends on the batch; -1 draws one."""
-    max_tokens: int | None = None
-    """Sampled tokens per trace; without this flag 1024 for the embedded model, else 20000."""
-    max_calls: int = 50
-    """Snippets per trace."""
-    snippet_seconds: float = 20.0
-    """Wall time of a snippet; ends the snippet, not the trace."""
-    end_at: Literal["eos", "box"] = "eos"
-    """End a trace by itself, or at its first complete \\boxed{}."""
+    agent: bool = True  # with the tool; --no-agent is plain reasoning, the baseline
+    prompt: str = "chat"  # `chat`, a name in prompts/, or a file with {question} in it
+    few_shot: str | None = None  # turns (for small models), system, none; a file, or turns:file
+    sandbox: Literal["auto", "limits-only"] = "auto"  # limits-only: no seccomp, at your own risk
+    temperature: float = 0.6  # 0 is greedy
+    top_p: float = 0.95  # sample from the most likely tokens that have this probability together
+    top_k: int = 20  # sample from the K most likely tokens; 0 is off
+    seed: int = 0  # same seed, same traces, up to rounding that depends on the batch; -1 draws one
+    max_tokens: int | None = None  # that a trace may sample; `embedded` has 1024, others 20000
+    max_calls: int = 50  # snippets per trace
+    snippet_seconds: float = 20.0  # wall time of a snippet; ends the snippet, not the trace
+    end_at: Literal["eos", "box"] = "eos"  # end a trace by itself, or at its first \boxed{}

@@ -298,10 +298,8 @@ def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
 class Flags(DataFlags):
     """Show the problems of a set."""
 
-    list: bool = False
-    """Print the sets known by name, with their splits and licences, and end."""
-    show: int = 3
-    """Print the first N problems."""
+    list: bool = False  # print the sets known by name, with their splits and licences, and end
+    show: int = 3  # print the first N problems
 
 
 def main() -> None:

@@ -175,14 +175,11 @@ def compute_dtype() -> str:
     return "bfloat16" if torch.cuda.get_device_capability() >= (8, 0) else "float16"
 
 
-def load_engine(
-    model: str, lora: str | None, max_len: int, slots: int, flags: ModelFlags, sleep: bool = False
-):
+def load_engine(model: str, lora: str | None, max_len: int, slots: int, flags: ModelFlags):
     """(LLMEngine in this process, LoRARequest or None). slots: traces that decode at once.
 
     max_len is the context to plan for; on a GPU where the cache is too small for it the engine
-    takes the longest that fits, see engine.model_config.max_model_len. sleep: without effect, no
-    script asks for it. Raises UserError.
+    takes the longest that fits, see engine.model_config.max_model_len. Raises UserError.
     """
     from vllm import EngineArgs, LLMEngine
     from vllm.lora.request import LoRARequest

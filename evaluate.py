@@ -50,18 +50,12 @@ from grade import Grader, vote
 class Flags(DataFlags, AgentFlags):
     """Evaluate a model on benchmarks: majority vote, lengths, calls."""
 
-    n: int = 16
-    """Traces per problem."""
-    out: Path | None = None
-    """The run's folder; without this flag one in runs/, named after set and model."""
-    name: str | None = None
-    """The run's name in reports; without this flag its folder's."""
-    report: tuple[Path, ...] | None = None
-    """Folders of runs: report these instead of a new run."""
-    ablation: bool = False
-    """Baseline, + GRPO, + Agent and DeepMath, one after another."""
-    base_model: str | None = None
-    """With --ablation: the model before its training, where --model is a fully tuned one."""
+    n: int = 16  # traces per problem
+    out: Path | None = None  # the run's folder; without this flag runs/SET-MODEL-agent
+    name: str | None = None  # the run's name in reports; without this flag its folder's
+    report: tuple[Path, ...] | None = None  # folders of runs: report these instead of a new run
+    ablation: bool = False  # baseline, + GRPO, + Agent and DeepMath, one after another
+    base_model: str | None = None  # with --ablation: --model before its training, if not by LoRA
 
 
 CUT = ("max_tokens", "context", "max_calls")  # the trace was ended, it did not end

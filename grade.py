@@ -357,15 +357,17 @@ class Grader:
         equal = same_number(gold, answer)
         if equal is not None:
             return Verdict(equal, "ok")
-        worker = self.waiting.get() or self.start()
-        with contextlib.suppress(BrokenPipeError):  # somebody has killed it
-            worker.stdin.write(json.dumps([gold, answer]) + "\n")
-        reply = worker.stdout.readline()
-        self.waiting.put(worker if reply else None)
-        if reply:
-            return Verdict(*json.loads(reply))
-        death = -worker.wait()
-        return Verdict(False, "timeout" if death == signal.SIGPROF else "crashed")
+        for _ in range(5):  # a worker that somebody has killed decides nothing
+            worker = self.waiting.get() or self.start()
+            with contextlib.suppress(BrokenPipeError):
+                worker.stdin.write(json.dumps([gold, answer]) + "\n")
+            reply = worker.stdout.readline()
+            self.waiting.put(worker if reply else None)
+            if reply:
+                return Verdict(*json.loads(reply))
+            if worker.wait() == -signal.SIGPROF:
+                return Verdict(False, "timeout")
+        return Verdict(False, "crashed")
 
     def start(self) -> subprocess.Popen:
         return subprocess.Popen(
@@ -426,10 +428,8 @@ def vote(answers: list[str | None], grader: Grader | None = None) -> Vote:
 class Flags:
     """Grade answers made elsewhere."""
 
-    file: tyro.conf.Positional[Path]
-    """Rows (.jsonl) of `text`, and `gold` or `answer`."""
-    out: Path | None = None
-    """The rows with their verdicts; without this flag FILE.graded.jsonl."""
+    file: tyro.conf.Positional[Path]  # rows (.jsonl) of `text`, and `gold` or `answer`
+    out: Path | None = None  # the rows with their verdicts; without this flag FILE.graded.jsonl
 
 
 def read_rows(path: Path) -> list[dict]:

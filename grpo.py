@@ -93,10 +93,12 @@ class Config(DataFlags, AgentFlags):
     merge: str | None = None  # no training: fold this run's adapter into its base, MERGE/merged
     wandb: bool = False  # log to Weights & Biases too
     steps: int = 40  # rollouts in all
+    save_every: int = 5  # steps between checkpoints
     # evaluation during training
     eval_every: int = 10  # steps between evaluations on held-out problems; 0 is never
     eval_problems: int = 32  # problems that are held out, which are never trained on
     eval_n: int = 4  # traces of each of them
+    eval_dataset: str | None = None  # hold nothing out: take this set's first problems
     # the rollout
     problems: int = 8  # problems of a step (B)
     group: int = 8  # traces of a problem (G)
@@ -421,13 +423,13 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     model = load_trainer(config, model_folder, adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    state = {"step": 0, "best": 0.0}  # best: in evaluation
+    state = {"step": 0, "evals": {}}  # evals: step -> accuracy on the held-out problems
     if saved := load_checkpoint(out / "checkpoint.pt"):
         for p, weights in zip(parameters, saved.pop("adapter")):
             p.data.copy_(weights)
         optimizer.load_state_dict(saved.pop("optimizer"))
         state = saved
-    step = state["step"]
+    step, evals = state["step"], state["evals"]
 
     # ---- the engine, which gets the trainer's adapter through a folder of its own
     live = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
@@ -449,10 +451,11 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         if held_out and (step % config.eval_every == 0 or step == config.steps):
             score = evaluate_policy(agent, grader, held_out, config, team)
             print(f"step {step:3d}  held out: {score['eval']:.3f}  ({len(held_out)} problems)")
+            evals[step] = score["eval"]
+            best = max(evals, key=evals.get)  # of equal ones the first
             if first:
                 write_log(out / "eval.jsonl", {"step": step, **score})
-            if first and (score["eval"] > state["best"] or step == 0):
-                state["best"] = score["eval"]
+            if first and step == best:
                 save_adapter(model, out / "adapter")
         if step == config.steps or any(team.gather(bool(stop))):  # all ranks stop, or none
             break
@@ -485,16 +488,19 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         report_step(row, config.steps)
         if config.wandb:
             wandb.log(row, step=step)
-        save_adapter(model, out / "last")
-        state["step"] = step
-        learned = {"adapter": [p.data for p in parameters], "optimizer": optimizer.state_dict()}
-        save_checkpoint(out / "checkpoint.pt", state | learned)
+        if step % config.save_every == 0 or step == config.steps or stop:
+            save_adapter(model, out / "last")
+            state = {"step": step, "evals": evals, "adapter": [p.data for p in parameters]}
+            state["optimizer"] = optimizer.state_dict()
+            save_checkpoint(out / "checkpoint.pt", state)
 
     # ---- the end
     if step < config.steps:
         print(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
         return 130
-    if first and not held_out:  # else it is the best one
+    if held_out:
+        print(f"held out: {evals[0]:.3f} before, {evals[best]:.3f} after step {best}, the best")
+    elif first:
         save_adapter(model, out / "adapter")
     print(f"try it: python agent.py --model {config.model} --lora {out / 'adapter'}")
     return 0
@@ -559,7 +565,9 @@ def check_config(config) -> None:
     check_range(config, 1, 1, "top_p")  # a cut distribution would bias the loss
     check_range(config, 0, 0, "top_k")
     check_range(config, 1, 1, "tensor_parallel")  # the model must fit one GPU beside its engine
-    counts = "steps problems eval_problems eval_n minibatches epochs lora_rank micro_tokens"
+    counts = (
+        "steps save_every problems eval_problems eval_n minibatches epochs lora_rank micro_tokens"
+    )
     check_range(config, 1, math.inf, *counts.split())
     check_range(config, 2, math.inf, "group")
     check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "warmup")
@@ -574,8 +582,12 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     if config.dataset == "arithmetic":
         config.split = config.split or "train"
     problems = load_problems(config)
-    random.Random(f"{config.seed}/held out").shuffle(problems)
     size = config.eval_problems if config.eval_every else 0
+    if config.eval_dataset and size:
+        flags = replace(config, split=None, limit=size)
+        held_out = load_problems(flags, config.eval_dataset)
+        return problems, held_out
+    random.Random(f"{config.seed}/held out").shuffle(problems)
     if len(problems) < size + config.problems:
         raise UserError(f"{len(problems)} are too few: lower --problems or --eval-problems")
     return problems[size:], problems[:size]

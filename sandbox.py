@@ -540,12 +540,9 @@ def main() -> int:
 
     @dataclass(kw_only=True)
     class Flags:
-        code: tyro.conf.Positional[str] = ""
-        """The snippet, or - for standard input."""
-        check: tyro.conf.FlagCreatePairsOff[bool] = False
-        """Print which layers this host gives."""
-        sandbox: Literal["auto", "limits-only"] = "auto"
-        """limits-only: go on where the kernel has no seccomp, at your own risk."""
+        code: tyro.conf.Positional[str] = ""  # the snippet, or - for standard input
+        check: tyro.conf.FlagCreatePairsOff[bool] = False  # print which layers this host gives
+        sandbox: Literal["auto", "limits-only"] = "auto"  # limits-only: no seccomp
 
     flags = parse(Flags, description=main.__doc__)
     if not flags.check and not flags.code.strip():

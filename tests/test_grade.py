@@ -131,13 +131,13 @@ def test_what_hangs_or_eats_memory_is_ended():
         assert grader("x + 1", "1 + x").equal  # and the next pair is answered
 
 
-def test_workers_that_somebody_kills_are_replaced():
-    with Grader(workers=1) as grader:
-        assert grader("x + 1", "1 + x").equal
-        (worker,) = grader.waiting.queue
-        worker.kill()
-        assert grader("x + 2", "2 + x") == (False, "crashed")
-        assert grader("x + 3", "3 + x") == (True, "ok")
+def test_workers_that_somebody_kills_change_no_verdict():
+    with Grader(workers=2) as grader:
+        grader.submit("x + 1", "1 + x")
+        assert grader("x + 2", "2 + x").equal
+        for worker in filter(None, list(grader.waiting.queue)):
+            worker.kill()
+        assert grader("x + 3", "3 + x") == grader("x + 4", "4 + x") == (True, "ok")
 
 
 # ---- Votes and the command

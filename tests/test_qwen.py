@@ -124,7 +124,7 @@ def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
 ):
     asked = []
 
-    def load_engine(model, lora, max_len, slots, flags, sleep):
+    def load_engine(model, lora, max_len, slots, flags):
         asked.append((max_len, slots))
         config = types.SimpleNamespace(max_model_len=300)
         return types.SimpleNamespace(model_config=config), None
