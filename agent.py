@@ -25,6 +25,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import random
 import re
 import sys
@@ -36,7 +37,7 @@ from typing import Any
 
 import tyro
 
-from cli import AgentFlags, UserError, check_range, go_offline_without_hub, parse, run_main
+from cli import AgentFlags, UserError, check_range, parse, run_main
 from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
 from data import disarm, encode, problem_id, read_prompt, render_prompt
 from engine import adapter_config, context_length, load_engine, load_tokenizer
@@ -60,7 +61,7 @@ class Trace:
     logprobs: list[float] = field(default_factory=list)  # of what was sampled from; 0.0 at mask 0
     calls: list[tuple[str, Result]] = field(default_factory=list)  # (code, its result)
     finish: str = ""  # answer | eos | max_tokens | context | max_calls | error
-    # what the model wrote, an output, what the model wrote then, ...
+    # the text in parts: at even places what the model wrote, at odd ones outputs
     texts: list[str] = field(default_factory=lambda: [""])
     seconds: float = 0.0
     # what grpo.py learns from it
@@ -113,7 +114,7 @@ class Live:
 
 
 def trace_seed(seed: int, *what) -> int:
-    """A seed for each engine request: with another one's it would replay the same noise."""
+    """A seed of its own for each engine request: two of one seed would draw the same noise."""
     name = "/".join(map(str, (seed, *what)))
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:7])  # vLLM takes 63 bits
@@ -176,7 +177,7 @@ class Agent:
                 for output in outputs:
                     live = decoding[output.request_id]
                     new = output.outputs[0]  # what this step has added
-                    on_event(live.trace, "text", self.take(live, new))
+                    on_event(live.trace, "text", self.take(live.trace, new))
                     place = self.next_place(live, new)
                     if place == "decoding":
                         continue
@@ -207,26 +208,29 @@ class Agent:
                     live.session.close()
 
     def request(self, live: Live) -> str | None:
-        """Hand prompt + ids so far to the engine; returns the request's name, None at the end."""
+        """Hand prompt + ids so far to the engine. Returns the request's name, or None: the trace is
+        over, and trace.finish says why.
+        """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         flags, trace = self.flags, live.trace
+        budget = flags.max_tokens - trace.sampled
         room = self.max_len - len(trace.prompt_ids + trace.ids)  # in the engine's context
-        left = min(flags.max_tokens - trace.sampled, room)
-        if left < 1 and not trace.finish:
-            trace.finish = "context" if left == room else "max_tokens"
+        if min(budget, room) < 1 and not trace.finish:
+            trace.finish = "max_tokens" if budget < 1 else "context"
         if trace.finish:
             return None
 
-        name = f"{trace.problem.id}-{trace.sample}-{len(trace.ids)}"
+        seed = trace_seed(flags.seed, trace.problem.id, trace.sample, len(trace.ids))
+        name = f"{id(live)}-{len(trace.ids)}"
         tags = [CALL_CLOSE] if flags.agent else []
         params = SamplingParams(
             temperature=flags.temperature,
             top_p=flags.top_p,
             top_k=flags.top_k,
-            seed=trace_seed(flags.seed, name),
-            max_tokens=left,
+            seed=seed,
+            max_tokens=min(budget, room),
             stop=[*self.prompt.stops, *tags],
             include_stop_str_in_output=True,
             skip_special_tokens=False,
@@ -237,9 +241,9 @@ class Agent:
         self.engine.add_request(name, prompt, params, lora_request=self.lora)
         return name
 
-    def take(self, live: Live, new) -> str:
-        """Append what one engine step has sampled, a CompletionOutput; returns its text."""
-        tok, trace = self.tokenizer, live.trace
+    def take(self, trace: Trace, new) -> str:
+        """Append what one engine step has sampled (vLLM's CompletionOutput); returns its text."""
+        tok = self.tokenizer
         rows = zip(new.token_ids, new.logprobs or [], strict=True)
         trace.append(new.token_ids, 1, [row[token].logprob for token, row in rows])
         text = new.text
@@ -247,7 +251,7 @@ class Agent:
         if last == [tok.eos_token_id]:
             text = text.removesuffix(tok.eos_token)  # it ends the turn and is no text
         if new.stop_reason == CALL_CLOSE:
-            # The text ends with the tag, but its last token may hold more: `>` and a newline.
+            # vLLM cuts the text behind the tag, but the last token may be `>` and a newline.
             _, _, more = tok.decode(last).partition(">")
             text += more
         trace.texts[-1] += text
@@ -263,7 +267,7 @@ class Agent:
             live.code = code.partition(CALL_CLOSE)[0].strip("\n")
             if len(trace.calls) >= flags.max_calls:
                 trace.finish = "max_calls"
-            elif trace.sampled < flags.max_tokens:  # else nobody could read the output
+            elif trace.sampled < flags.max_tokens:  # else nobody could read its output
                 return "running"
         elif flags.end_at == "box" and "}" in new.text and trace.answer:
             trace.finish = "answer"
@@ -289,7 +293,7 @@ class Agent:
         shown = encode(tok, disarm(tok, output))
         after = encode(tok, "\n```\n")
 
-        around = len(before + after) + 1  # and a token that the model adds
+        around = len(before + after) + 1  # and a place for the model to go on
         room = self.max_len - len(trace.prompt_ids + trace.ids) - around
         room = min(room, OUTPUT_TOKENS)
         if len(shown) > room:
@@ -334,10 +338,9 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
     """An Agent for `traces` traces of `problems`. Raises UserError."""
     prompt = check_flags(flags)
     prepare_environment(flags.verbose)
-    if flags.model != "embedded":
-        go_offline_without_hub()
     # The sandbox starts first: its imports run while the engine loads.
-    with Sandbox(mode=flags.sandbox) if flags.agent else contextlib.nullcontext() as box:
+    sandbox = Sandbox(mode=flags.sandbox) if flags.agent else contextlib.nullcontext()
+    with sandbox as box:
         model, lora = resolve_model(flags.model, flags.lora)
         tokenizer = load_tokenizer(model)
         if not tokenizer.chat_template and not prompt.stops:
@@ -346,8 +349,11 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
         # The context to plan for: an engine that keeps less can hold more traces.
         prompts = [render_prompt(tokenizer, prompt, problem.question) for problem in problems]
         longest = max(map(len, prompts), default=2048)  # nobody knows what will be typed
+        context = context_length(model)
+        if longest >= context:
+            raise UserError(f"the prompt has {longest} tokens, the model reads {context}: cut it")
         outputs = max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
-        max_len = min(context_length(model), longest + flags.max_tokens + outputs)
+        max_len = min(context, longest + flags.max_tokens + outputs)
 
         slots = min(flags.batch, traces)
         engine, request = load_engine(model, lora, max_len, slots, flags)
@@ -375,15 +381,19 @@ class Flags(AgentFlags):
     json: bool = False  # one JSON object on standard output and nothing else
 
 
-def solve(agent: Agent, question: str, n: int) -> dict:
-    """n traces of one question and their vote, printed as they come; returns the JSON object."""
+def as_problem(text: str) -> Problem:
+    question = text.strip()
+    return Problem(problem_id(question), question, answer=None)
+
+
+def solve(agent: Agent, problem: Problem, n: int) -> dict:
+    """n traces of one problem and their vote, printed as they come; returns the JSON object."""
 
     def show(trace: Trace, kind: str, value) -> None:  # one trace as it grows, tags and all
         text = value if kind == "text" else f"\n```output\n{value.output}\n```\n"
         if n == 1:
             print(escape(text), end="", flush=True)
 
-    problem = Problem(problem_id(question), question, answer=None)
     jobs = [(problem, sample) for sample in range(n)]
     rows = {}  # by sample number
     for trace in agent.rollout(jobs, show):
@@ -403,18 +413,18 @@ def solve(agent: Agent, question: str, n: int) -> dict:
     votes = [{"answer": answer, "count": count} for answer, count, _ in clusters]
     if n > 1 and votes:
         print(escape(f"\nvote: {winner} ({votes[0]['count']} of {n})"))
-    return {"problem": question, "answer": winner, "votes": votes, "traces": traces}
+    return {"problem": problem.question, "answer": winner, "votes": votes, "traces": traces}
 
 
 def ask() -> Iterator[str]:
     """Problem after problem from the terminal, until end of file."""
-    import readline  # noqa: F401  arrow keys and history
-
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys and history
     print("One problem a line; Ctrl-D ends.")
     with contextlib.suppress(EOFError):
         while True:
-            line = input("> ").strip()
-            if line:
+            line = input("> ")
+            if line.strip():
                 yield line
 
 
@@ -429,13 +439,16 @@ def main() -> None:
         raise UserError("no problem: give one in quotes, or - for standard input")
     check_flags(flags)  # a wrong flag ends here, before anything heavy is loaded
 
-    questions = ask() if is_dialogue else [text.strip()]
-    shown = sys.stderr if flags.json else sys.stdout  # which then holds the object alone
-    with contextlib.redirect_stdout(shown), open_agent(flags, [], flags.n) as agent:
-        for question in questions:
-            result = solve(agent, question, flags.n)
+    given = [] if is_dialogue else [as_problem(text)]
+    stdout = os.dup(1)
+    if flags.json:  # whatever is printed goes to stderr: stdout holds the object alone
+        os.dup2(2, 1)
+        sys.stdout = sys.stderr
+    with open_agent(flags, given, flags.n) as agent:
+        for problem in given or map(as_problem, ask()):
+            result = solve(agent, problem, flags.n)
             if flags.json:
-                print(json.dumps(result), file=sys.__stdout__)
+                os.write(stdout, json.dumps(result).encode() + b"\n")
 
 
 if __name__ == "__main__":

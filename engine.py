@@ -1,9 +1,7 @@
 """Models: their names, into vLLM, into the trainer; and several ranks of all that.
 
 Nothing here belongs to the method: agent.py asks for an engine and gets one, grpo.py for a model
-with an adapter. In reading order: names as folders; what vLLM reads from the environment; its
-engine, and two functions of it that are slow on a CPU; the trainer's model, saved and merged; the
-prompts' shared prefix; several processes under torchrun, and the little that they tell one another.
+with an adapter.
 """
 
 import contextlib
@@ -22,7 +20,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from cli import ModelFlags, UserError, first_line, has_cuda
+from cli import ModelFlags, UserError, first_line, go_offline_without_hub, has_cuda
 
 ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # made by `make reproduce`
 EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model is a 4-bit copy of it
@@ -36,11 +34,15 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     Without --lora the embedded model gets the adapter that we trained for it, and a repository or
     folder that holds nothing but an adapter is loaded as its base model with the adapter on top.
     """
-    adapter = str(ADAPTER) if model == "embedded" else adapter_only(model)
-    if adapter:
-        model = adapter_config(adapter)["base_model_name_or_path"]
-        if model == EMBEDDED_HUB:
-            model = str(embedded_model())
+    if model == "embedded":
+        model, adapter = EMBEDDED_HUB, str(ADAPTER)
+    else:
+        go_offline_without_hub()
+        adapter = adapter_only(model)
+        if adapter:
+            model = adapter_config(adapter)["base_model_name_or_path"]
+    if model == EMBEDDED_HUB:
+        model = str(embedded_model())
     if lora:
         adapter = None if lora == "none" else lora
     return model, adapter
@@ -230,8 +232,7 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, flags: M
                 request = LoRARequest("adapter-0", 1, str(Path(lora).resolve()))
                 engine.add_lora(request)  # now, so that a wrong one ends here
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        what = f"the engine could not load {model} with --lora {lora or 'none'}: {reason}"
+        what = f"no engine for {model} with --lora {lora or 'none'}: {first_line(error)}"
         raise UserError(f"{what} (--verbose shows the engine's log)") from None
     os.environ["LD_PRELOAD"] = preload  # vLLM's own: not for our sandbox and graders
     return engine, request
@@ -286,6 +287,9 @@ def load_trainer(config, folder: str, adapter: str | None):
     torch.manual_seed(config.seed)
     dtype = torch.bfloat16 if compute_dtype() == "bfloat16" else torch.float32
     base = from_pretrained("AutoModelForCausalLM", folder, dtype=dtype)
+    for change in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
+        if getattr(base.config.get_text_config(), change, None) not in (None, 1.0):
+            raise UserError(f"{folder}: its {change} changes logits after the head: not supported")
     base.to("cuda" if has_cuda() else "cpu")
     decoder = base.get_decoder()
     # A float32 adapter would promote the activations of a bfloat16 base: they stay as they are.

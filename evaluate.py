@@ -40,7 +40,7 @@ from tqdm import tqdm
 
 from agent import Trace, check_flags, open_agent
 from cli import AgentFlags, DataFlags, UserError
-from cli import check_range, go_offline_without_hub, parse, run_main, write_log
+from cli import check_range, parse, run_main, write_log
 from data import load_problems
 from engine import Team, resolve_model, take_rank
 from grade import Grader, vote
@@ -187,8 +187,6 @@ def run(flags: Flags) -> None:
     every = [(problem, sample) for sample in range(flags.n) for problem in problems]
     mine = every[team.rank :: team.size]
 
-    if flags.model != "embedded":
-        go_offline_without_hub()
     _, adapter = resolve_model(flags.model, flags.lora)
     if team.rank == 0:
         write_config(flags, out, len(every), adapter)

@@ -133,12 +133,12 @@ class Config(DataFlags, AgentFlags):
     micro_tokens: int = 2048  # tokens of one forward and backward pass
     gradient_checkpointing: bool = False  # less memory, more time; excludes the shared prefix
     # where the other scripts have other defaults
-    model: str = "embedded"
-    lora: str | None = "none"
-    max_tokens: int | None = 256
-    top_p: float = 1.0
-    top_k: int = 0
-    gpu_memory_utilization: float = 0.4
+    model: str = "embedded"  # what to train: a hub id, a folder, or `embedded`
+    lora: str | None = "none"  # the adapter to begin with; none: a new one
+    max_tokens: int | None = 256  # that a trace may sample
+    top_p: float = 1.0  # as it is: another value would bias the loss
+    top_k: int = 0  # the same
+    gpu_memory_utilization: float = 0.4  # the engine's share; the rest is the trainer's
 
 
 PRESETS = {"mini": Config()}
@@ -165,7 +165,7 @@ def set_rewards(trace: Trace, right: bool, config) -> None:
     """Each reward by its name, and the weighted sum of those that count."""
     ran = any(result.status == "ok" for _, result in trace.calls)
     # DAPO's soft penalty (eq. 13): 0, then down to -1 over the last fifth of max_tokens.
-    penalty = min(0.0, 4 - 5 * trace.sampled / config.max_tokens)
+    penalty = -max(0.0, trace.sampled / config.max_tokens - 0.8) / 0.2
     trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
     weights = reward_weights(config)
     trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
@@ -214,7 +214,7 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     from torch.nn.utils.rnn import pad_sequence
     from torch.utils.checkpoint import checkpoint
 
-    def table(rows):  # lists of ids as (N, P + T), padded on the right with 0
+    def table(rows):  # lists of ids as (N, L), padded on the right with 0
         rows = [torch.tensor(row) for row in rows]
         return pad_sequence(rows, batch_first=True).to(model.device)
 
@@ -226,7 +226,7 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     # causal, so no attention mask is needed. The decoder is the model without its head.
     decoder = model.get_base_model().get_decoder()
     output = decoder(input_ids=ids[:, P:-1], past_key_values=cache, use_cache=bool(prefix))
-    sampled = mask[:, P + 1 :] == 1  # (N, T-1)
+    sampled = mask[:, P + 1 :] == 1  # (N, L-P-1)
     hidden = output.last_hidden_state[sampled]  # (n, D)
     targets = ids[:, P + 1 :][sampled]  # (n,)
 
@@ -288,7 +288,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
         return {}
 
     # pi_old is the policy before the first of these steps. If there is only one, it is pi itself.
-    olds = {}
+    olds = {}  # by id(batch)
     if config.minibatches * config.epochs > 1:
         for batch in sum(steps, []):
             with torch.no_grad():
@@ -299,7 +299,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
     norms = []  # of each step's gradient
     for batches in steps * config.epochs:
         for p in parameters:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p)  # not None: a rank may have no trace to add
         prompts = [trace.prompt_ids for batch in batches for trace in batch]
         with shared_prefix(model, prompts) as prefix:  # `prefix = None` is the same, slower
             for batch in batches:
@@ -423,13 +423,12 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
     model = load_trainer(config, model_folder, adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    state = {"step": 0, "evals": {}}  # evals: step -> accuracy on the held-out problems
+    step, evals = 0, {}  # evals: step -> accuracy on the held-out problems
     if saved := load_checkpoint(out / "checkpoint.pt"):
-        for p, weights in zip(parameters, saved.pop("adapter")):
+        step, evals = saved["step"], saved["evals"]
+        for p, weights in zip(parameters, saved["adapter"], strict=True):
             p.data.copy_(weights)
-        optimizer.load_state_dict(saved.pop("optimizer"))
-        state = saved
-    step, evals = state["step"], state["evals"]
+        optimizer.load_state_dict(saved["optimizer"])
 
     # ---- the engine, which gets the trainer's adapter through a folder of its own
     live = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
@@ -499,7 +498,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         print(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
         return 130
     if held_out:
-        print(f"held out: {evals[0]:.3f} before, {evals[best]:.3f} after step {best}, the best")
+        print(f"held out: {evals[min(evals)]:.3f} before, {evals[best]:.3f} after step {best}")
     elif first:
         save_adapter(model, out / "adapter")
     print(f"try it: python agent.py --model {config.model} --lora {out / 'adapter'}")
@@ -562,16 +561,15 @@ def read_config() -> Config:
 
 def check_config(config) -> None:
     """Refuse in one line what cannot work."""
-    check_range(config, 1, 1, "top_p")  # a cut distribution would bias the loss
-    check_range(config, 0, 0, "top_k")
+    if (config.top_p, config.top_k) != (1, 0):
+        raise UserError("training needs --top-p 1 --top-k 0: a cut distribution biases the loss")
     check_range(config, 1, 1, "tensor_parallel")  # the model must fit one GPU beside its engine
-    counts = (
-        "steps save_every problems eval_problems eval_n minibatches epochs lora_rank micro_tokens"
-    )
-    check_range(config, 1, math.inf, *counts.split())
+    check_range(config, 1, math.inf, "steps", "save_every", "problems", "minibatches", "epochs")
+    check_range(config, 1, math.inf, "eval_problems", "eval_n", "lora_rank", "micro_tokens")
     check_range(config, 2, math.inf, "group")
-    check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "warmup")
-    check_range(config, 1e-12, math.inf, "lr")
+    check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "weight_decay")
+    check_range(config, 0, 1, "warmup", "epsilon_low")
+    check_range(config, 1e-12, math.inf, "lr", "lora_alpha", "max_grad_norm")
     check_range(config, 0.01, 2, "temperature", "temperature_end")
     reward_weights(config)
     check_flags(config)  # draws a seed for -1
@@ -584,13 +582,13 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     problems = load_problems(config)
     size = config.eval_problems if config.eval_every else 0
     if config.eval_dataset and size:
-        flags = replace(config, split=None, limit=size)
-        held_out = load_problems(flags, config.eval_dataset)
-        return problems, held_out
-    random.Random(f"{config.seed}/held out").shuffle(problems)
-    if len(problems) < size + config.problems:
+        held_out = load_problems(replace(config, split=None, limit=size), config.eval_dataset)
+    else:
+        random.Random(f"{config.seed}/held out").shuffle(problems)
+        held_out, problems = problems[:size], problems[size:]
+    if len(problems) < config.problems:
         raise UserError(f"{len(problems)} are too few: lower --problems or --eval-problems")
-    return problems[size:], problems[:size]
+    return problems, held_out
 
 
 def main() -> int:

@@ -74,7 +74,7 @@ def read_traces(flags: Flags, tokenizer, prompt, context: int) -> list[Trace]:
         raise UserError(f"{flags.dataset} has no solutions: give --solution-key, of {columns}")
     traces = []
     for problem in problems:
-        if solution := problem.meta[key]:
+        if solution := problem.meta.get(key):
             trace = demonstration(tokenizer, prompt, problem, str(solution))
             whole = len(trace.prompt_ids) + len(trace.ids) <= context
             if whole and trace.sampled <= flags.max_tokens:

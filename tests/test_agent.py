@@ -325,6 +325,7 @@ def test_main_takes_problem_after_problem(qwen, monkeypatch, capsys):
 def test_json_is_one_object_and_nothing_else(qwen, monkeypatch, capfd):
     scripts = {"q?": CALL + "\n\\boxed{42}"}
     flags = ["--json", "--n", "2", "q?"]
+    monkeypatch.setattr(sys, "stdout", sys.stdout)  # put back afterwards
     code, out, _ = run_main(qwen, monkeypatch, capfd, scripts, flags)
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1 and result["answer"] == "42"

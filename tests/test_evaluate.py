@@ -136,14 +136,13 @@ def run(monkeypatch, *flags, agent=None):
     agent = agent or ScriptedAgent()
 
     @contextlib.contextmanager
-    def open_agent(flags, problems, traces, sleep=False):
+    def open_agent(flags, problems, traces):
         check_flags(flags)
         yield agent
 
     monkeypatch.setattr(evaluate, "open_agent", open_agent)
     monkeypatch.setattr(evaluate, "resolve_model", lambda model, lora: (model, None))
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "m/x", "--limit", "5", *flags])
-    monkeypatch.setattr(evaluate, "go_offline_without_hub", lambda: None)
     evaluate.main()
     return agent
 

@@ -230,7 +230,7 @@ if __name__ == "__main__":  # an evaluation with a scripted agent, see `scripted
                 yield trace
 
     @contextlib.contextmanager
-    def open_agent(flags, problems, traces, sleep=False):
+    def open_agent(flags, problems, traces):
         yield SlowAgent()
 
     evaluate.open_agent = open_agent

@@ -365,7 +365,8 @@ class ScriptedAgent:
             prompt = [1, 2, 3, 4, 5 + len(problem.question) % 50]
             trace = make_trace(rng, prompt, rng.randint(4, 12), inserted=(2,), sample=sample)
             trace.problem = problem
-            trace.answer = problem.answer if rng.random() < 0.5 else "-1"
+            answer = problem.answer if rng.random() < 0.5 else "-1"
+            trace.texts = [f"\\boxed{{{answer}}}"]
             trace.calls = [("print(1)", Result("ok", "1", 0.0))] if rng.random() < 0.5 else []
             time.sleep(float(os.environ.get("SLOWLY", 0)))
             yield trace

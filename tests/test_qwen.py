@@ -4,7 +4,6 @@ And what a GPU changes, as far as a CPU can show it: what the engine is asked fo
 run on a GPU; tests/gpu/check.py is for one.
 """
 
-import dataclasses
 import json
 import subprocess
 import sys
@@ -185,4 +184,3 @@ def test_the_published_prompt_is_read_out_of_a_clone(tmp_path):
 
     with pytest.raises(UserError, match="no clone"):
         read_clone(tmp_path)
-    assert dataclasses.asdict(read_prompt(AgentFlags(prompt=str(out))))["agent"]

@@ -560,8 +560,10 @@ RECOVERIES = {  # first, what the script must print
     "the box is closed while snippets run": """
         # crashed, the sandbox is closed, the sandbox is closed
         box = sandbox.Sandbox(1)
-        futures = [box.session().submit("while True: pass", 1000) for _ in range(3)]
-        threading.Timer(5, box.close).start()
+        sessions = [box.session() for _ in range(3)]
+        futures = [session.submit("while True: pass", 1000) for session in sessions]
+        while not sessions[0].process: time.sleep(0.01)
+        box.close()
         ends = [future.exception() or future.result().status for future in futures]
         print(*ends, sep=", ")
         """,
