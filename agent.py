@@ -40,7 +40,7 @@ import tyro
 from cli import AgentFlags, UserError, check_range, parse, run_main
 from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
 from data import disarm, encode, problem_id, read_prompt, render_prompt
-from engine import adapter_config, context_length, load_engine, load_tokenizer
+from engine import adapter_config, from_pretrained, load_engine
 from engine import prepare_environment, resolve_model
 from grade import extract_answer, vote
 from sandbox import Result, Sandbox, SandboxError, Session
@@ -168,8 +168,11 @@ class Agent:
                     name = self.request(live)
                     if name:
                         decoding[name] = live
-                    else:
-                        yield self.end(live)
+                        continue
+                    live.trace.seconds = time.monotonic() - live.started
+                    if live.session:
+                        live.session.close()
+                    yield live.trace
                 ready = []
 
                 # One engine step: one more token for every trace in the batch.
@@ -308,16 +311,8 @@ class Agent:
         trace.append(ids, 0, [0.0] * len(ids))
         trace.texts += [tok.decode(ids, skip_special_tokens=False), ""]
 
-    def end(self, live: Live) -> Trace:
-        live.trace.seconds = time.monotonic() - live.started
-        if live.session:
-            live.session.close()
-        return live.trace
-
 
 # ---- From flags to an agent
-
-
 def check_flags(flags: AgentFlags) -> Prompt:
     """Fill in what depends on other flags, and read the prompt. Raises UserError."""
     if flags.max_tokens is None:
@@ -342,14 +337,14 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
     sandbox = Sandbox(mode=flags.sandbox) if flags.agent else contextlib.nullcontext()
     with sandbox as box:
         model, lora = resolve_model(flags.model, flags.lora)
-        tokenizer = load_tokenizer(model)
+        tokenizer = from_pretrained("AutoTokenizer", model)
         if not tokenizer.chat_template and not prompt.stops:
             prompt = replace(prompt, stops=BASE_STOPS)
 
         # The context to plan for: an engine that keeps less can hold more traces.
         prompts = [render_prompt(tokenizer, prompt, problem.question) for problem in problems]
         longest = max(map(len, prompts), default=2048)  # nobody knows what will be typed
-        context = context_length(model)
+        context = from_pretrained("AutoConfig", model).get_text_config().max_position_embeddings
         if longest >= context:
             raise UserError(f"the prompt has {longest} tokens, the model reads {context}: cut it")
         outputs = max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
@@ -369,14 +364,11 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
 
 
 # ---- The command
-
-
 @dataclass(kw_only=True)
 class Flags(AgentFlags):
     """Solve a math problem with a model that runs Python while it thinks."""
 
-    problem: tyro.conf.Positional[str | None] = None
-    """The problem; - reads it from standard input; without one, problem after problem."""
+    problem: tyro.conf.Positional[str | None] = None  # or -: standard input; none: a dialogue
     n: int = 1  # traces to sample; their answers are put to the vote
     json: bool = False  # one JSON object on standard output and nothing else
 

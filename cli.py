@@ -120,8 +120,7 @@ class DataFlags:
     split: str | None = None  # without this flag `test`, or that of a set known by name
     question_key: str | None = None  # column of the question; without this flag the usual names
     answer_key: str | None = None  # column of the gold answer; without this flag the usual names
-    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """Keep matching rows only: topic=Algebra, difficulty=5-9."""
+    where: tyro.conf.UseAppendAction[tuple[str, ...]] = ()  # rows with topic=Algebra, level=4-5
     limit: int | None = None  # the first N problems
 
 
@@ -129,8 +128,7 @@ class DataFlags:
 class ModelFlags:
     """Which model, and how it is served."""
 
-    model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"
-    """Hub id, folder, or `embedded`: a small one that came with the packages."""
+    model: str = "Intel/deepmath-v1" if has_cuda() else "embedded"  # hub id, folder, `embedded`
     lora: str | None = None  # PEFT adapter folder, or `none`; `embedded` has one in adapters/
     batch: int = 256 if has_cuda() else 64  # traces decoded at once
     gpu_memory_utilization: float = 0.9  # share of the GPU's memory for the engine

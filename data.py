@@ -43,7 +43,6 @@ def problem_id(question: str) -> str:
 
 
 # ---- The sets
-
 SETS_FILE = HERE / "problems" / "sets.json"
 SETS = json.loads(SETS_FILE.read_text())  # name -> its parts: most sets have one
 FILES = (".jsonl", ".json", ".csv", ".parquet")
@@ -178,7 +177,6 @@ def matches(row: dict, condition: str) -> bool:
 
 
 # ---- Prompts
-
 # For base models, which have no chat template and go on with a question of theirs.
 BASE_TEMPLATE = """{% for message in messages -%}
 {% if message.role == "user" %}Question: {% endif %}{{ message.content }}
@@ -251,7 +249,6 @@ def read_prompt_file(name: str) -> Prompt:
 
 
 # ---- Tokens
-
 SPLIT = "\ue000"  # a private-use character: where a look-alike of a control token is cut in two
 
 
@@ -292,8 +289,6 @@ def render_prompt(tokenizer, prompt: Prompt, question: str) -> list[int]:
 
 
 # ---- The command
-
-
 @dataclass(kw_only=True)
 class Flags(DataFlags):
     """Show the problems of a set."""

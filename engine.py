@@ -25,9 +25,8 @@ from cli import ModelFlags, UserError, first_line, go_offline_without_hub, has_c
 ADAPTER = Path(__file__).resolve().parent / "adapters" / "arithmetic"  # made by `make reproduce`
 EMBEDDED_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the embedded model is a 4-bit copy of it
 
+
 # ---- Names
-
-
 def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
     """(folder or hub id of the weights, adapter folder or None) for --model and --lora.
 
@@ -83,16 +82,6 @@ def from_pretrained(kind: str, model, **options):
         raise UserError(f"no model {str(model)!r} ({first_line(error)}); {remedy}") from None
 
 
-def load_tokenizer(model: str):
-    return from_pretrained("AutoTokenizer", model)
-
-
-def context_length(model: str) -> int:
-    """Longest sequence, in tokens, that the model's configuration allows."""
-    config = from_pretrained("AutoConfig", model)
-    return config.get_text_config().max_position_embeddings
-
-
 def embedded_model() -> Path:
     """Folder with SmolLM2-135M-Instruct as an ordinary checkpoint (float32, 540 MB).
 
@@ -121,8 +110,6 @@ def embedded_model() -> Path:
 
 
 # ---- The process
-
-
 def prepare_environment(verbose: bool) -> None:
     """What vLLM reads from the environment; to be called before its first import."""
     cores = sorted(os.sched_getaffinity(0))
@@ -164,8 +151,6 @@ def silence():
 
 
 # ---- The engine
-
-
 def compute_dtype() -> str:
     """float32 on a CPU: as fast as bfloat16 for a small model, 5 times faster without instructions
     for bfloat16, and exact: logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
@@ -277,8 +262,6 @@ def quick_top_k_top_p() -> None:
 
 
 # ---- The trainer's model
-
-
 def load_trainer(config, folder: str, adapter: str | None):
     """The frozen base model with an adapter in float32, new or from a folder. Raises UserError."""
     import torch
@@ -335,7 +318,7 @@ def merge(run: Path) -> None:
     model = from_pretrained("AutoModelForCausalLM", base, dtype="auto")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(run / "merged")
-    load_tokenizer(base).save_pretrained(run / "merged")
+    from_pretrained("AutoTokenizer", base).save_pretrained(run / "merged")
     print(f"{run / 'merged'}: {base} with {adapter}")
 
 
@@ -369,8 +352,8 @@ def per_token(traces: list):
 
     rows = []
     for trace in traces:
-        for logprob in compress(trace.logprobs, trace.mask):
-            rows.append((logprob, trace.advantage, trace.weight))
+        sampled = compress(trace.logprobs, trace.mask)
+        rows += [(logprob, trace.advantage, trace.weight) for logprob in sampled]
     return torch.tensor(rows).view(-1, 3)
 
 
@@ -427,8 +410,6 @@ def shared_prefix(model, prompts: list[list[int]]):
 
 
 # ---- Ranks
-
-
 def take_rank() -> tuple[int, int]:
     """(rank, ranks) of a torchrun job, (0, 1) without one; keeps to its GPU or share of the cores.
 

@@ -64,9 +64,8 @@ CUT = ("max_tokens", "context", "max_calls")  # the trace was ended, it did not 
 FREE = """n limit out name report ablation base_model lora batch gpu_memory_utilization
 tensor_parallel verbose sandbox""".split()
 
+
 # ---- Numbers
-
-
 def majority(votes: list[tuple[int, bool]]) -> float:
     """What a vote is worth: (count, right) of each cluster; each of the largest may win.
 
@@ -98,8 +97,6 @@ def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
 
 
 # ---- A run's folder
-
-
 def trace_row(trace: Trace) -> dict:
     """A line of traces.jsonl, complete: nothing else is needed to grade and to read it."""
     problem = trace.problem
@@ -126,7 +123,7 @@ def read_traces(folder: Path) -> dict:
     rows = {}
     for path in sorted(folder.glob("traces*.jsonl")):
         for line in path.open("rb"):
-            with contextlib.suppress(ValueError):  # a line that a kill cut in two
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut in two, or not ours
                 row = json.loads(line)
                 rows[row["dataset"], row["id"], row["sample"]] = row
     return rows
@@ -164,8 +161,6 @@ def write_config(flags: Flags, out: Path, asked: int, adapter: str | None) -> No
 
 
 # ---- The run
-
-
 def run(flags: Flags) -> None:
     """Sample what the run's folder lacks, then print its report."""
     tool = "agent" if flags.agent else "baseline"
@@ -205,8 +200,6 @@ def run(flags: Flags) -> None:
 
 
 # ---- Verdicts, votes, measures
-
-
 class Scored(NamedTuple):
     """One problem of a run."""
 
@@ -271,8 +264,6 @@ def trace_measures(row: dict) -> dict[str, float]:
 
 
 # ---- The report
-
-
 def report(runs: list[Run]) -> str:
     """The runs side by side as Markdown; the first one is what the others are compared with."""
     names = [run.config["name"] for run in runs]
@@ -325,8 +316,6 @@ def table(header: list[str], body: list[list]) -> str:
 
 
 # ---- The command
-
-
 def ablation(flags: Flags) -> None:
     """The paper's four rows, each a run in a folder and a process of its own; then their report."""
     check_flags(flags)  # a wrong flag ends here, not in the first row

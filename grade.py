@@ -35,9 +35,8 @@ import tyro
 
 from cli import UserError, parse, run_main
 
+
 # ---- The answer in a text
-
-
 def extract_answer(text: str) -> str | None:
     r"""The last complete, non-empty \boxed{} of a text, or None.
 
@@ -57,7 +56,6 @@ def extract_answer(text: str) -> str | None:
 
 
 # ---- Tidy: one spelling for what LaTeX can write in many ways
-
 # First these, then math-verify's own (\left, \dfrac, \mathrm, \frac12, `x and y`, percent ...).
 SPELLINGS = {
     "−": "-",
@@ -94,6 +92,7 @@ def tidy(text: str) -> str:
 
     for spelling, usual in SPELLINGS.items():
         text = text.replace(spelling, usual)
+    text = re.sub(r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}", text)
     config = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
     text = normalize_latex(text, config)
     for pattern, new in TIDY:
@@ -115,7 +114,6 @@ def split(text: str, separators: str) -> list[str]:
 
 
 # ---- Numbers: exact, and compared exactly
-
 POWER = re.compile(r"(?:\\times|\\cdot|\*|x) ?10\^\{?([+-]?\d+)\}?$")
 NUMBER = re.compile(r"[+-]?([1-9]\d{0,2}([, ]\d{3})+|\d+)(\.\d*)?(e[+-]?\d{1,4})?", re.IGNORECASE)
 
@@ -141,13 +139,13 @@ def rounds(decimal: Decimal, exact: Fraction) -> bool:
     _, digits, exponent = decimal.as_tuple()
     if exponent >= 0 or len(digits) < 6:
         return False
+    written = Fraction(decimal)
     unit = Fraction(10) ** exponent  # of the last digit
-    return abs(Fraction(decimal) - exact) < max(unit, abs(exact) / 10**14)
+    is_cut = written / unit in (round(exact / unit), int(exact / unit))
+    return is_cut or abs(written - exact) < abs(exact) / 10**14
 
 
 # ---- The rules. Each takes two tidy answers: True or False is a verdict, None is «not my business»
-
-
 def same(gold: str, answer: str) -> bool:
     """Whether an answer is equivalent to the gold one. May hang or raise anything: see Grader."""
     gold = tidy(gold)
@@ -171,20 +169,21 @@ def same_number(gold: str, answer: str) -> bool | None:
 
 
 WORDS = r"\\text\{[A-Za-z .,-]+\}|[A-Z]{2,}|[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z .,-]+"
-NOISE = r"\\text|[\s{}\"!?]|[.,](?!\d)"  # a point in 1.5 is none
+NOISE = r"\\text|[\s{}\"?]|(?<!\d)!|[.,](?!\d)"  # a point in 1.5 is none
 
 
 def same_words(gold: str, answer: str) -> bool | None:
     """Words are compared as words, without case and punctuation: `east` is not `seat`."""
-    x = re.sub(NOISE, "", gold.casefold())
-    y = re.sub(NOISE, "", answer.casefold())
+    x = re.sub(NOISE, " ", gold.casefold()).split()
+    y = re.sub(NOISE, " ", answer.casefold()).split()
     is_word = re.fullmatch(WORDS, gold) or re.fullmatch(WORDS, answer)
     has_text = "\\text" in gold + answer
     return x == y if is_word or (x == y and has_text) else None
 
 
 # x, a_{37}, (p, q), |AB|, \overline{AB}, S:V, \Delta p: no digits and no operation.
-NAME = r"(?:_\{[^{}]*\}|[A-Za-z\\(),:/|{}° ])+"
+OPERATION = r"\\(?:sin|cos|tan|log|ln|sqrt|frac|le|ge|ne|not|pm|sum|int|cdot|times)"
+NAME = rf"(?!.*{OPERATION})(?:_\{{[^{{}}]*\}}|[A-Za-z\\(),:/|{{}}° ])+"
 
 
 def same_named(gold: str, answer: str) -> bool | None:
@@ -207,15 +206,15 @@ def unname(text: str) -> tuple[str, str]:
 
 
 # All names of a unit but the plural; the first stands for it.
-UNITS = """°|m meter metre|cm centimeter centimetre|mm millimeter|km kilometer|in inch inche|ft foot
-feet|yd yard|mi mile|mph|s sec second|min minute|h hr hour|day|week|month|year|g gram|kg kilogram
-|lb pound|oz ounce|l liter litre|ml milliliter|gallon|dollar|cent|euro"""
+UNITS = """%|°|m meter metre|cm centimeter centimetre|mm millimeter|km kilometer|in inch inche
+|ft foot feet|yd yard|mi mile|mph|s sec second|min minute|h hr hour|day|week|month|year|g gram
+|kg kilogram|lb pound|oz ounce|l liter litre|ml milliliter|gallon|dollar|cent|euro"""
 UNIT = {}
 for names in UNITS.split("|"):
     for name in names.split():
         UNIT[name] = UNIT[name + "s"] = names.split()[0]
-MEASURE = r"(.*[\d})|]|.*\\pi) ?(°|\\text ?\{[^{}]*\}|[A-Za-z][A-Za-z. /]+)(?:\^\{[23]\})?"
-NO_UNIT = r"\b(not|no|if|mod|than|least|most|more|when|for|\w*illion|hundred|thousand|dozen)\b"
+MEASURE = r"(.*[\d})|]|.*\\pi) ?(°|\\?%|\\text ?\{[^{}]*\}|[A-Za-z][A-Za-z. /]+)(?:\^\{[23]\})?"
+NO_UNIT = r"\b(not?|if|mod|than|least|most|more|when|for|sin|cos|tan)\b|illion|hundred|thousand"
 
 
 def same_measure(gold: str, answer: str) -> bool | None:
@@ -235,7 +234,7 @@ def split_unit(text: str) -> tuple[str, str]:
     if match is None or re.search(NO_UNIT, text):
         return text, ""
     value, written = match.groups()
-    words = re.findall("[a-z]+|°", written.lower())
+    words = re.findall("[a-z]+|°|%", written.lower())
     unit = " ".join(UNIT[word] for word in words if word in UNIT)
     if unit or "text" in words:
         return value, unit
@@ -251,7 +250,7 @@ def same_members(gold: str, answer: str) -> bool | None:
     if len(golds) != len(answers) or (kind and other and kind != other):
         return False  # [0, 1) is not (0, 1)
     one_is_named = ("=" in gold) != ("=" in answer)
-    if kind or other or one_is_named:
+    if {kind, other} - {"", "{}"} or one_is_named:
         return all(map(same, golds, answers))
     for part in golds:
         match = next((other for other in answers if same(part, other)), None)
@@ -262,7 +261,7 @@ def same_members(gold: str, answer: str) -> bool | None:
 
 
 def members(text: str) -> tuple[str, list[str]]:
-    r"""(brackets, members) of a tuple or an interval; a set and a list have the brackets ""."""
+    r"""(brackets, members) of a tuple, an interval or a set; a list has the brackets ""."""
     inner = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
     if inner.startswith(("(", "[", "{")) and split(inner, ")]}")[1:] == [""]:  # around all of it
@@ -271,12 +270,10 @@ def members(text: str) -> tuple[str, list[str]]:
     parts = split(inner, ",;")
     if len(parts) == 1 and brackets != "{}":
         return "", [text]
-    return brackets.strip("{}"), parts
+    return brackets, parts
 
 
 # ---- Formulas
-
-
 def same_formula(gold: str, answer: str) -> bool:
     """Two texts that have a value, or are an equation, an inequality, a set, a matrix."""
     import sympy
@@ -307,13 +304,12 @@ def formula(text: str):
     config = ConversionConfig(lowercase_symbols=False)
     found = latex2sympy(text, normalization_config=None, conversion_config=config)
     exact = {value: sympy.Rational(str(value)) for value in found.atoms(sympy.Float)}
-    exact[sympy.Symbol("i")] = sympy.I
+    if sympy.Symbol("i") in found.free_symbols:  # not a sum's index
+        exact[sympy.Symbol("i")] = sympy.I
     return found.xreplace(exact)
 
 
 # ---- Grading in processes that can be killed
-
-
 class Verdict(NamedTuple):
     equal: bool
     status: str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok are wrong
@@ -399,8 +395,6 @@ def work() -> None:
 
 
 # ---- Votes
-
-
 class Vote(NamedTuple):
     winner: str | None  # of a tie, the answer that was sampled first
     clusters: list[tuple[str, int, list[int]]]  # (first answer, votes, indices), most votes first
@@ -422,8 +416,6 @@ def vote(answers: list[str | None], grader: Grader | None = None) -> Vote:
 
 
 # ---- The command line
-
-
 @dataclass(kw_only=True)
 class Flags:
     """Grade answers made elsewhere."""

@@ -147,7 +147,6 @@ for file in Path(__file__).with_name("presets").glob("*.toml"):
 
 
 # ---- Rewards and advantages
-
 Groups = list[list[Trace]]  # B problems with G traces each
 
 
@@ -202,8 +201,6 @@ def set_advantages(groups: Groups, config) -> None:
 
 
 # ---- One step: logprobs, loss, update, sync
-
-
 def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     """log pi(token) of the tokens that the model sampled, all traces one after another: (n,).
 
@@ -353,8 +350,6 @@ def sync(agent, model, folder, step) -> None:
 
 
 # ---- Schedules and rollouts
-
-
 def schedules(step, config) -> tuple[float, float]:
     """(sampling temperature, learning rate) of a step."""
     done = min(1.0, step / max(1, config.temperature_steps - 1))
@@ -409,8 +404,6 @@ def evaluate_policy(agent, grader, problems, config, team) -> dict:
 
 
 # ---- The training loop
-
-
 def train(config, problems: list[Problem], held_out: list[Problem], team, stack) -> int:
     """Roll out, update, sync, log, save, again and again. Returns the exit code."""
     # ---- the trainer's model, as the checkpoint has it if there is one
@@ -513,7 +506,6 @@ def averages(groups: Groups) -> dict:
         "accuracy": fmean(trace.rewards["accuracy"] for trace in traces),
         "code": fmean(trace.rewards["code"] for trace in traces),
         "length": fmean(trace.sampled for trace in traces),
-        "length_total": fmean(len(trace.ids) for trace in traces),
         "truncated": fmean(trace.finish in CUT for trace in traces),
         "flat_groups": sum(not any(trace.advantage for trace in group) for group in groups),
     }
@@ -544,8 +536,6 @@ def report_step(row, steps) -> None:
 
 
 # ---- The command line
-
-
 def read_config() -> Config:
     """The flags over the preset's values, or over those that the run was started with."""
     given, _ = parse(Config, return_unknown_args=True, add_help=False)

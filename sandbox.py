@@ -48,6 +48,7 @@ from typing import Literal
 import snippet
 
 LAYERS = ("namespace", "rlimits", "uid", "landlock", "seccomp")
+CODE_CHARACTERS = 50_000  # of a snippet
 OUTPUT_BYTES = 1 << 20  # a snippet that prints more is stopped
 MEMORY_BYTES = 2 << 30  # a snippet that needs more is stopped
 TICK = 20  # milliseconds between two looks at a running snippet
@@ -72,8 +73,6 @@ class Result:
 
 
 # ---- The pool: sessions, and threads that wait for their snippets
-
-
 class Session:
     """The variables of one trace: a process, and the snippets that can make it again.
 
@@ -109,6 +108,8 @@ class Session:
 
     def execute(self, code: str, seconds: float) -> Result:
         """In a worker: run a snippet to its end."""
+        if len(code) > CODE_CHARACTERS:
+            return Result("error", f"SyntaxError: over {CODE_CHARACTERS} characters", 0.0)
         if self.box.idle.pop(self, None) is None:
             self.process = None  # none yet, or stopped, or killed to make room
         try:
@@ -136,7 +137,7 @@ class Session:
             self.process = self.box.new_process()
             for number, (code, past) in enumerate(self.history):
                 again = self.process.run(code, 2 * past.seconds + 1, self.closed)
-                if again.status != past.status:
+                if again.status != past.status or not self.process.is_idle():
                     note = f"(of the earlier snippets only the first {number} could be repeated)\n"
                     self.history = self.history[:number]
                     self.process.kill()
@@ -176,6 +177,8 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def close(self) -> None:
         """Kill the zygote, and every session with it. Whoever waits for a result is told so."""
+        if os.getpid() != self.pid:  # a fork owns nothing of this
+            return
         with self.lock:
             self.closed = True
             if self.zygote:
@@ -239,8 +242,6 @@ class Sandbox(contextlib.AbstractContextManager):
 
 
 # ---- A session's process and the zygote, as the caller sees them
-
-
 class Process:
     """A fork of the zygote: a socket, a pipe of output, a pidfd. What comes out is not trusted."""
 
@@ -255,6 +256,7 @@ class Process:
         said = self.control.recv(1000).decode()  # before any snippet: trusted
         if not said.startswith("{"):
             raise OSError(said or "the sandbox's zygote has died")
+        self.control.setblocking(False)  # a snippet may leave it full
         self.report = json.loads(said)
         self.pid = int(self.report.pop("pid"))
         self.pidfd = os.pidfd_open(self.pid)
@@ -353,10 +355,9 @@ def start_zygote(layers: list[str]) -> tuple[subprocess.Popen, socket.socket]:
 
 
 # ---- The zygote
-
-
 def zygote_main(control: socket.socket, layers: list[str]) -> None:
     """Load; then fork as often as asked, until the caller is gone and the socket closed."""
+    libc_call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: with the caller's thread
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no session becomes a zombie
     snippet.preload()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has no threads"
@@ -391,8 +392,6 @@ def session_main(control: int, output: int, layers: list[str]) -> None:
 
 
 # ---- The kernel's walls, put up in the session before it reads anything
-
-
 def lock_in(layers: list[str]) -> dict[str, str]:
     """Put up the walls in the one order that works. Returns {layer: "on: ..." | "off: why"}."""
     report = {}
@@ -434,8 +433,10 @@ def rlimits() -> str:
 
 def uid() -> str:
     """Root becomes an unused uid, so that siblings differ; everybody loses all capabilities."""
-    for unused in (2_000_000_000 + os.getpid(), 65534):
-        with contextlib.suppress(OSError):  # not root; or few ids are mapped: try the next
+    capabilities = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1]
+    is_able = int(capabilities, 16) >> 5 & 7 == 7  # CAP_KILL (it must be killed), SETGID, SETUID
+    for unused in (2_000_000_000 + os.getpid(), 65534) if is_able else ():
+        with contextlib.suppress(OSError):  # few ids are mapped: try the next
             os.setresgid(unused, unused, unused)
             os.setgroups([])
             os.setresuid(unused, unused, unused)
@@ -530,8 +531,6 @@ FILTER = seccomp_filter(os.uname().machine)
 
 
 # ---- The command
-
-
 def main() -> int:
     """Run a snippet of untrusted Python."""
     import tyro

@@ -19,7 +19,6 @@ import traceback
 from unittest.mock import MagicMock
 
 # ---- What a snippet may import
-
 ALLOWED = """
     math cmath random statistics fractions decimal numbers itertools functools collections operator
     numpy scipy sympy mpmath networkx
@@ -102,7 +101,6 @@ def load(name: str) -> None:
 
 
 # ---- From a model's text to what it gives
-
 KEEP_BYTES = 4 << 10  # head and tail of an output that are kept
 SOURCES: dict[str, list[str]] = {}  # the lines of this session's snippets
 LOOKALIKES = {"÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "²": "**2", "³": "**3"}

@@ -25,7 +25,7 @@ from common import alone, machine, print_head, print_row  # first
 from agent import Trace, open_agent
 from cli import UserError, has_cuda, run_main
 from data import load_problems
-from engine import Team, load_tokenizer, load_trainer, prepare_environment, resolve_model
+from engine import Team, from_pretrained, load_trainer, prepare_environment, resolve_model
 from grade import Grader
 from grpo import Config, problems_at, roll_out, set_advantages, update
 
@@ -115,7 +115,7 @@ def theirs(case: str, groups: Groups) -> tuple:
     from transformers import TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    tokenizer = load_tokenizer(resolve_model("embedded", "none")[0])
+    tokenizer = from_pretrained("AutoTokenizer", resolve_model("embedded", "none")[0])
     pad = tokenizer.eos_token_id
     device = parameters[0].device
 

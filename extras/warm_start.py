@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from agent import Trace, check_flags  # noqa: E402
 from cli import UserError, check_range, has_cuda, parse, run_main, write_log  # noqa: E402
 from data import CALL_CLOSE, disarm, encode, load_problems, render_prompt  # noqa: E402
-from engine import Team, context_length, load_tokenizer, load_trainer  # noqa: E402
+from engine import Team, from_pretrained, load_trainer  # noqa: E402
 from engine import prepare_environment, resolve_model, save_adapter  # noqa: E402
 from grpo import Config, update  # noqa: E402
 
@@ -97,7 +97,9 @@ def main() -> None:
     import torch
 
     folder, adapter = resolve_model(flags.model, flags.lora)
-    traces = read_traces(flags, load_tokenizer(folder), prompt, context_length(folder))
+    tokenizer = from_pretrained("AutoTokenizer", folder)
+    context = from_pretrained("AutoConfig", folder).get_text_config().max_position_embeddings
+    traces = read_traces(flags, tokenizer, prompt, context)
     model = load_trainer(flags, folder, adapter)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=flags.lr, weight_decay=0.0)

@@ -22,7 +22,7 @@ from sandbox import Result, Sandbox
 @pytest.fixture(scope="session")
 def tokenizers_():
     engine.prepare_environment(False)
-    embedded = engine.load_tokenizer(str(engine.embedded_model()))
+    embedded = engine.from_pretrained("AutoTokenizer", engine.embedded_model())
     return {"embedded": embedded, "qwen": bpe(tags=True), "plain": bpe(tags=False)}
 
 

@@ -238,7 +238,7 @@ def test_what_is_no_adapter_or_model_is_one_line(tmp_path):
             adapter_config(str(folder))
     for folder in (tmp_path / "missing", tmp_path):
         with pytest.raises(UserError, match="--model embedded") as caught:
-            engine.load_tokenizer(str(folder))
+            engine.from_pretrained("AutoTokenizer", folder)
         assert "\n" not in str(caught.value)
 
 

@@ -235,6 +235,5 @@ if __name__ == "__main__":  # an evaluation with a scripted agent, see `scripted
 
     evaluate.open_agent = open_agent
     evaluate.resolve_model = lambda model, lora: (model, None)
-    evaluate.go_offline_without_hub = lambda: None
     sys.argv[0] = "evaluate.py"
     cli.run_main(evaluate.main)

@@ -129,7 +129,14 @@ def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
         return types.SimpleNamespace(model_config=config), None
 
     monkeypatch.setattr(agent, "load_engine", load_engine)
-    monkeypatch.setattr(agent, "context_length", lambda model: 4096)
+    text = types.SimpleNamespace(max_position_embeddings=4096)
+    config = types.SimpleNamespace(get_text_config=lambda: text)
+    load = agent.from_pretrained
+    monkeypatch.setattr(
+        agent,
+        "from_pretrained",
+        lambda kind, model: config if kind == "AutoConfig" else load(kind, model),
+    )
     flags = AgentFlags(model=str(qwen_tokenizer), agent=False, max_tokens=1000, batch=256)
     with agent.open_agent(flags, [Problem("p", "1 + 1?", None)], 16) as loop:
         assert loop.slots == asked[0][1] == 16 and asked[0][0] > 1000
