@@ -42,7 +42,7 @@ from data import BASE_STOPS, CALL_CLOSE, CALL_OPEN, SPLIT, Problem, Prompt
 from data import disarm, encode, problem_id, read_prompt, render_prompt
 from engine import adapter_config, from_pretrained, load_engine
 from engine import prepare_environment, resolve_model
-from grade import extract_answer, vote
+from grade import Grader, extract_answer, vote
 from sandbox import Result, Sandbox, SandboxError, Session
 from snippet import escape
 
@@ -148,13 +148,13 @@ class Agent:
         ready: list[Live] = []
         decoding: dict[str, Live] = {}  # by the name of its request
         running: dict[Future, Live] = {}  # by its snippet's result, when that is there
-        slots = 1  # then 8, 64, ...: the first prompt fills the prefix cache for the others
+        open_slots = 1  # then 8, 64, ...: the first prompt fills the prefix cache for the others
 
         try:
             while True:
                 # Start new traces where there is room. While a snippet runs, another trace decodes
                 # in its place; but each has a process in the sandbox, so there is a limit.
-                room = slots - len(ready) - len(decoding)
+                room = open_slots - len(ready) - len(decoding)
                 if len(running) >= 4 * self.slots:
                     room = 0
                 for problem, sample in itertools.islice(jobs, max(0, room)):
@@ -203,7 +203,7 @@ class Agent:
                     self.insert(live, future.result())
                     ready.append(live)
 
-                slots = min(self.slots, 8 * slots)
+                open_slots = min(self.slots, 8 * open_slots)
         finally:  # also after Ctrl-C, or when the caller stops listening
             self.engine.abort_request(list(decoding))
             for live in (*ready, *decoding.values(), *running.values()):
@@ -401,7 +401,8 @@ def solve(agent: Agent, problem: Problem, n: int) -> dict:
             "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
         }
     traces = [rows[sample] for sample in range(n)]
-    winner, clusters = vote([trace["answer"] for trace in traces])
+    with Grader(workers=1) as grader:
+        winner, clusters = vote([trace["answer"] for trace in traces], grader)
     votes = [{"answer": answer, "count": count} for answer, count, _ in clusters]
     if n > 1 and votes:
         print(escape(f"\nvote: {winner} ({votes[0]['count']} of {n})"))

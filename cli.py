@@ -1,7 +1,7 @@
 """What all command lines share: groups of flags, and errors of one line.
 
 A script's main begins with `flags = parse(Flags)`, a dataclass whose fields are the flags and whose
-docstrings are the help, and the script ends with `run_main(main)`.
+comments are the help, and the script ends with `run_main(main)`.
 """
 
 import contextlib

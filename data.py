@@ -6,8 +6,6 @@ Where problems come from, and how a question becomes the tokens that a model rea
     python data.py --list                          # the sets by name
     python data.py --dataset arithmetic --show 3   # three problems
     python data.py --dataset rows.jsonl --where level=4-5
-
-Left out: tokenised caches and pipelines of `map`. A benchmark is a few hundred rows.
 """
 
 import csv

@@ -152,9 +152,7 @@ def silence():
 
 # ---- The engine
 def compute_dtype() -> str:
-    """float32 on a CPU: as fast as bfloat16 for a small model, 5 times faster without instructions
-    for bfloat16, and exact: logprobs agree with Hugging Face's to 3e-5 instead of 0.5.
-    """
+    """float32 on a CPU: as fast as bfloat16, and logprobs agree with Hugging Face's to 3e-5."""
     if not has_cuda():
         return "float32"
     import torch

@@ -315,7 +315,7 @@ class Verdict(NamedTuple):
     status: str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok are wrong
 
 
-class Grader:
+class Grader(contextlib.AbstractContextManager):
     """Verdicts on (gold, answer) pairs; equal pairs are decided once.
 
     Its workers are fresh processes of this file (by exec: nothing of vLLM or CUDA is in them). For
@@ -329,9 +329,6 @@ class Grader:
         self.waiting = LifoQueue()  # workers without a pair; None where one has to start
         for _ in range(workers):
             self.waiting.put(None)
-
-    def __enter__(self):
-        return self
 
     def __exit__(self, *_):
         self.threads.shutdown(cancel_futures=True)  # waits for the pairs at work: seconds
@@ -400,11 +397,8 @@ class Vote(NamedTuple):
     clusters: list[tuple[str, int, list[int]]]  # (first answer, votes, indices), most votes first
 
 
-def vote(answers: list[str | None], grader: Grader | None = None) -> Vote:
+def vote(answers: list[str | None], grader: Grader) -> Vote:
     """Cluster answers by equivalence with a cluster's first member; None does not vote."""
-    if grader is None:
-        with Grader(workers=1) as grader:
-            return vote(answers, grader)
     clusters: dict[str, list[int]] = {}  # first answer -> indices
     for i, answer in enumerate(answers):
         if answer is not None:
@@ -421,7 +415,6 @@ class Flags:
     """Grade answers made elsewhere."""
 
     file: tyro.conf.Positional[Path]  # rows (.jsonl) of `text`, and `gold` or `answer`
-    out: Path | None = None  # the rows with their verdicts; without this flag FILE.graded.jsonl
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -444,7 +437,7 @@ def read_rows(path: Path) -> list[dict]:
 def main() -> None:
     flags = parse(Flags)
     rows = read_rows(flags.file)
-    out = flags.out or flags.file.with_suffix(".graded.jsonl")
+    out = flags.file.with_suffix(".graded.jsonl")
     with Grader() as grader, out.open("w") as file:
         for row in rows:
             grader.submit(row["gold"], row["extracted"])

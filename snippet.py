@@ -38,9 +38,7 @@ class Refused(ImportError):
 NO_DISPLAY = MagicMock()
 NO_DISPLAY.pyplot = NO_DISPLAY
 NO_DISPLAY.subplots.return_value = (NO_DISPLAY, NO_DISPLAY)  # figure, axes
-NO_DISPLAY.show = NO_DISPLAY.savefig = lambda *_, **__: print(
-    "(there is no display: print numbers)"
-)
+NO_DISPLAY.show = NO_DISPLAY.savefig = lambda *_, **__: print("(no display: print numbers)")
 
 
 def guarded_import(name, globals=None, locals=None, fromlist=(), level=0):
@@ -74,8 +72,6 @@ os.environ.clear()
 gc.collect()
 gc.freeze()  # the collector leaves these pages shared
 """
-
-
 ABSENT = "torch tensorflow jax cupy numba llvmlite matplotlib pandas aesara IPython".split()
 SKIPPED = "test|bench|pyglet|llvm|f2py|distutils|__main__|sympy.this|_docs?$|parsing.latex|mbcs|oem"
 

@@ -171,11 +171,11 @@ def test_the_command(tmp_path):
     ]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join("\n" + json.dumps(row) for row in rows))  # as evaluate.py writes
-    command = [sys.executable, "grade.py", str(file), "--out", str(tmp_path / "out.jsonl")]
+    command = [sys.executable, "grade.py", str(file)]
     options = {"cwd": ROOT, "capture_output": True, "text": True}
     done = subprocess.run(command, **options)
     assert done.returncode == 0 and done.stdout.startswith("2 of 3 right"), done.stderr
-    graded = read(tmp_path / "out.jsonl")
+    graded = read(tmp_path / "rows.graded.jsonl")
     assert [row["correct"] for row in graded] == [True, True, False] and graded[0]["kept"] == 1
 
 

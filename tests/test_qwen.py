@@ -48,6 +48,7 @@ def trained(small_qwen, tmp_path_factory):
     return out
 
 
+@pytest.mark.slow
 def test_preset_paper_on_a_small_qwen(trained):
     config = json.loads((trained / "last" / "adapter_config.json").read_text())
     assert config["use_rslora"] and len(config["target_modules"]) == 14  # by their full names

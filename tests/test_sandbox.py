@@ -396,7 +396,7 @@ FAULTS += [  # that a text file cannot hold
     for code, output in {
         "print('a'\n": "SyntaxError: '(' was never closed (line 1: print('a')",
         "(" * 300 + ")" * 300: "too many nested parentheses",
-        "-" * 60000 + "1": "nested too deeply",
+        "-" * 40000 + "1": "nested too deeply",
         "x\x00": "null bytes",
         "'\ud800'": "UnicodeEncodeError",
     }.items()
@@ -463,6 +463,29 @@ def test_a_forged_reply_hurts_only_its_own_trace(box):
     time.sleep(0.5)
     assert used() == before
     assert other.run("1 + 1").output == "2" and session.run("2", seconds=1).status == "timeout"
+
+
+ANSWERS_TO_CONT = """
+import sys
+os, signal = sys.modules["os"], sys.modules["signal"]
+signal.signal(signal.SIGCONT, lambda *_: [os.write(3, b"ok") for _ in range(50)])
+"""
+NEVER_READS = """
+import sys, time
+while True:
+    sys.modules["os"].write(3, b"ok")
+    time.sleep(0.05)
+"""
+
+
+@pytest.mark.parametrize("code", [ANSWERS_TO_CONT, NEVER_READS])
+def test_replies_that_nobody_asked_for_hold_up_nobody(box, code):
+    """Neither a replay without end nor a socket that is full may keep the caller."""
+    session = box.session()
+    session.run(code, seconds=2)
+    for _ in range(6):
+        session.submit("#" * 49_000, 2).result(timeout=60)
+    assert box.session().run("1 + 1").output == "2"
 
 
 # ---- The pool, and how it recovers
