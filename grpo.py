@@ -344,7 +344,7 @@ def sync(agent, model, folder, step) -> None:
 
     save_adapter(model, folder)
     agent.engine.remove_lora(agent.lora.lora_int_id)
-    agent.lora = LoRARequest(f"step-{step}", step + 1, str(folder))  # it has begun with number 1
+    agent.lora = LoRARequest(f"step-{step}", step + 1, str(folder))  # load_engine's is number 1
     agent.engine.add_lora(agent.lora)
     agent.engine.reset_prefix_cache()  # its keys and values are the old adapter's
 
@@ -377,6 +377,7 @@ def roll_out(agent, grader, problems, n, config, team) -> Groups:
 
     Each rank samples its share; then all of them know all traces.
     """
+    # Sample numbers run over all problems: sorting by them restores the groups.
     mine = list(enumerate(problems))[team.rank :: team.size]
     jobs = [(problem, b * n + i) for i in range(n) for b, problem in mine]
     traces = []
@@ -424,12 +425,12 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         optimizer.load_state_dict(saved["optimizer"])
 
     # ---- the engine, which gets the trainer's adapter through a folder of its own
-    live = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
-    save_adapter(model, live)
+    served = Path(stack.enter_context(tempfile.TemporaryDirectory()), "adapter")
+    save_adapter(model, served)
     traces = max(config.problems * config.group, len(held_out) * config.eval_n)
     # It plans its context for the longest prompt, which is one of the 64 longest questions.
     questions = sorted(problems + held_out, key=lambda problem: len(problem.question))[-64:]
-    flags = replace(config, lora=str(live))
+    flags = replace(config, lora=str(served))
     agent = stack.enter_context(open_agent(flags, questions, traces // team.size + 1))
     grader = stack.enter_context(Grader())
     if config.wandb and first:
@@ -467,7 +468,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             setting["lr"] = lr
         stats = update(model, optimizer, groups, temperature, config, team)
         step += 1
-        sync(agent, model, live, step)
+        sync(agent, model, served, step)
 
         # ---- log and save
         if not first:

@@ -87,9 +87,7 @@ def measure(agent, jobs: list, way: str, slow: str) -> tuple[list, float]:
     inner = agent.box
     agent.box = Box(inner, slow, rounds=way == "in rounds")
     loop.wait = agent.box.wait
-    parts = [jobs]
-    if way == "one at a time":
-        parts = [[job] for job in jobs]
+    parts = [[job] for job in jobs] if way == "one at a time" else [jobs]
     started = time.perf_counter()
     traces = [trace for part in parts for trace in agent.rollout(part)]
     seconds = time.perf_counter() - started
@@ -122,9 +120,7 @@ def main() -> None:
         for slow in SLOW:
             base = measure(agent, jobs, "ours", slow)
             report("ours", slow, base, base)
-            ways = ["in rounds"]
-            if slow == "none":
-                ways.append("one at a time")
+            ways = ["in rounds", "one at a time"] if slow == "none" else ["in rounds"]
             for way in ways:
                 report(way, slow, measure(agent, jobs, way, slow), base)
 
