@@ -1,7 +1,6 @@
 """Models: their names, into vLLM, into the trainer; and several ranks of all that.
 
-Nothing here belongs to the method: agent.py asks for an engine and gets one, grpo.py for a model
-with an adapter.
+Nothing here belongs to the method: agent.py asks for an engine, grpo.py for a model to train.
 """
 
 import contextlib
@@ -128,6 +127,7 @@ def prepare_environment(verbose: bool) -> None:
             "TRANSFORMERS_VERBOSITY": "error",
             "TOKENIZERS_PARALLELISM": "false",
             "TQDM_DISABLE": "1",
+            "HF_HUB_DISABLE_PROGRESS_BARS": "1",  # those of transformers, too
         }
     for name, value in settings.items():
         os.environ.setdefault(name, value)

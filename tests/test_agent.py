@@ -206,6 +206,8 @@ def test_samples_of_one_problem_and_lazy_jobs(qwen):
             yield Problem("p", "q", None), i
 
     _, loop = loop_for(qwen, {"q": "word " * 20}, slots=4)
+    alike = list(loop.rollout([(Problem("p", "q", None), 0)] * 3))  # two sets share a question
+    assert len(alike) == 3 and len({tuple(trace.ids) for trace in alike}) == 1
     rollout = loop.rollout(jobs())
     next(rollout)
     assert len(asked) <= 8  # no more than what has a place

@@ -242,6 +242,13 @@ def test_what_is_no_adapter_or_model_is_one_line(tmp_path):
         assert "\n" not in str(caught.value)
 
 
+def test_a_problem_longer_than_the_context_is_one_line(monkeypatch):
+    monkeypatch.setattr(engine, "load_engine", None)
+    with pytest.raises(UserError, match="the model reads 8192: cut it"):
+        with open_agent(RAW, [Problem("p", "1 + " * 9000, None)], 1):
+            pass
+
+
 def test_a_rank_keeps_to_its_share_of_the_cores():
     code = "import os, engine; print(engine.take_rank(), len(os.sched_getaffinity(0)))"
     ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}

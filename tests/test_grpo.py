@@ -326,6 +326,14 @@ def test_no_dropout(tiny_folder, tmp_path, checkpointing):
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+def test_models_that_would_be_computed_wrongly_are_refused(tmp_path):
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=8.0)).save_pretrained(tmp_path / "g")
+    with pytest.raises(UserError, match="logits_scaling changes logits"):
+        tiny_model(tmp_path / "g")
+
+
 def test_merge_writes_a_plain_model(tiny_folder, tmp_path):
     import torch
     from tokenizers import Tokenizer, models

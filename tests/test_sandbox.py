@@ -430,6 +430,15 @@ def test_a_flood_costs_the_caller_nothing(session):
     assert time.process_time() - before < 2
 
 
+def test_the_environment_is_not_inherited(monkeypatch):
+    monkeypatch.setenv("SECRET", "x")
+    with Sandbox(1) as box:
+        code = "import sys\nsys.modules['os'].environ, 'SECRET' in str(sys.modules['os'].environb)"
+        assert box.session().run(code).output == "(environ({}), False)"
+        zygote = Path(f"/proc/{box.zygote.pid}/environ").read_bytes()
+        assert b"SECRET" not in zygote and b"PYTHONHASHSEED" in zygote
+
+
 # ---- The protocol
 
 
