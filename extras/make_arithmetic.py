@@ -41,7 +41,6 @@ def read_templates(text: str) -> dict[str, list[tuple[str, str]]]:
 
 
 # ---- The families
-
 FAMILIES = """product sum remainder power gcd_lcm range_sum divisors primes fraction equation system
 digits shopping sharing travel""".split()
 
@@ -136,8 +135,6 @@ def draw(family: str, rng, d: int) -> dict:
 
 
 # ---- The set
-
-
 def arithmetic(split: str, n: int) -> list[dict]:
     """The first n rows of a split; a shorter list is a prefix of a longer one.
 

@@ -53,8 +53,6 @@ class Flags:
 
 
 # ---- Numbers that evaluate.py's report leaves out
-
-
 def of_set(run: Run, name: str) -> list[Scored]:
     return [scored for scored in run.problems if scored.dataset == name]
 
@@ -124,8 +122,6 @@ def accuracy_and_length(problems: list[Scored]) -> str:
 
 
 # ---- Plots
-
-
 def plot(runs: list[Run], names: list[str]):
     """A figure, a row a set: accuracy against length with 95 % bars; majority@k against k."""
     import matplotlib
@@ -169,8 +165,6 @@ def draw_run(left, right, label: str, problems: list[Scored], colour: str) -> No
 
 
 # ---- Data for the page
-
-
 def trace_data(row: dict, most: int) -> dict:
     """One trace for the page; texts beyond `most` characters lose their middle."""
     parts, left, at = [], most, 0
@@ -259,8 +253,6 @@ def evaluation_page(runs: list[Run], more: str, picture: bytes, most: int) -> st
 
 
 # ---- A training run
-
-
 def read_log(path: Path) -> list[dict]:
     """A log of grpo.py by step; of one that was done again, or cut by a kill, the whole row."""
     rows = {}

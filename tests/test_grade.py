@@ -21,7 +21,6 @@ def grader():
 
 
 # ---- Boxes
-
 BOXES = [
     (r"\boxed{42}", "42"),
     (r"so \boxed{\frac{1}{2}} done", r"\frac{1}{2}"),
@@ -49,7 +48,6 @@ def test_a_model_that_loops_costs_no_time():
 
 
 # ---- Verdicts
-
 PAIRS = [  # gold, answer, equal
     ("42", "42.0", True),
     ("1,234", "1234", True),
@@ -135,8 +133,6 @@ def test_real_outputs(grader, data_dir):
 
 
 # ---- Workers
-
-
 def test_what_hangs_or_eats_memory_is_ended():
     with Grader(workers=1) as grader:
         assert grader("x + 17", "9^{9^{9^{9}}}").status in ("timeout", "memory")
@@ -154,8 +150,6 @@ def test_workers_that_somebody_kills_change_no_verdict():
 
 
 # ---- Votes and the command
-
-
 def test_votes_are_counted_by_equivalence(grader):
     result = vote(["10", None, "10.0", "9", "\\frac{20}{2}", None], grader)
     assert result.winner == "10" and result.clusters == [("10", 3, [0, 2, 4]), ("9", 1, [3])]

@@ -349,8 +349,6 @@ def test_merge_writes_a_plain_model(tiny_folder, tmp_path):
 
 
 # ---- The loop, with a scripted rollout
-
-
 class ScriptedAgent:
     """Traces drawn from the seed of the step, problem, sample and the adapter that was synced."""
 

@@ -36,8 +36,6 @@ def command(script, *flags) -> str:
 
 
 # ---- The published path
-
-
 @pytest.fixture(scope="module")
 def trained(small_qwen, tmp_path_factory):
     """Three steps of preset paper; at three times the rate a model this small forgets the rest."""
@@ -87,8 +85,6 @@ def test_merge_and_the_four_rows_with_a_base_model(trained, small_qwen, tmp_path
 
 
 # ---- What a GPU changes
-
-
 class Asked(RuntimeError):
     """Raised in the engine's place."""
 
@@ -174,8 +170,6 @@ def test_out_of_gpu_memory_names_the_remedy(tiny_folder, tmp_path, monkeypatch, 
 
 
 # ---- The published prompt
-
-
 def test_the_published_prompt_is_read_out_of_a_clone(tmp_path):
     package = tmp_path / "clone" / "deep_math"
     package.mkdir(parents=True)

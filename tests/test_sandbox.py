@@ -242,8 +242,6 @@ def test_the_attacks_get_as_far_as_the_kernel(boxes, config):
 
 
 # ---- The filter
-
-
 def run_bpf(program, data):
     """What the kernel would return for a `struct seccomp_data`."""
     at, value = 0, 0
@@ -374,8 +372,6 @@ def test_nothing_is_shared_between_sessions(boxes):
 
 
 # ---- Faults
-
-
 def traces(name):
     """[[(code, status, output, whether it is a part only), ...], ...] of a file."""
     found = []
@@ -440,8 +436,6 @@ def test_the_environment_is_not_inherited(monkeypatch):
 
 
 # ---- The protocol
-
-
 def test_a_session_cannot_forge_replies_of_another(box):
     """Whatever it writes on its own socket ends it alone."""
     one, two = box.session(), box.session()
@@ -498,8 +492,6 @@ def test_replies_that_nobody_asked_for_hold_up_nobody(box, code):
 
 
 # ---- The pool, and how it recovers
-
-
 @pytest.mark.parametrize("limit", ["room", "memory"])
 def test_idle_sessions_are_dropped_and_rebuilt(boxes, monkeypatch, limit):
     """Too many of them, or too much memory in all of them together: the longest idle go."""
@@ -714,8 +706,6 @@ def test_close_leaves_nothing(boxes):
 
 
 # ---- The command
-
-
 def test_import_is_light():
     code = "print({'numpy', 'sympy', 'scipy', 'tyro'} & {*sys.modules})"
     assert script(code) == "set()\n"
@@ -763,7 +753,6 @@ def test_command():
 
 
 # ---- Determinism and ordinary snippets
-
 REPEATED = [
     "import random, numpy as np, sympy\nrandom.random(), np.random.default_rng().integers(10**9)",
     "[random.randint(1, 6) for i in range(10)], hash('a'), list({'a', 'b', 'c', 'd'})",
