@@ -128,12 +128,9 @@ def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
     monkeypatch.setattr(agent, "load_engine", load_engine)
     text = types.SimpleNamespace(max_position_embeddings=4096)
     config = types.SimpleNamespace(get_text_config=lambda: text)
-    load = agent.from_pretrained
-    monkeypatch.setattr(
-        agent,
-        "from_pretrained",
-        lambda kind, model: config if kind == "AutoConfig" else load(kind, model),
-    )
+    tokenizer = agent.from_pretrained("AutoTokenizer", qwen_tokenizer)
+    loaded = {"AutoConfig": config, "AutoTokenizer": tokenizer}
+    monkeypatch.setattr(agent, "from_pretrained", lambda kind, _: loaded[kind])
     flags = AgentFlags(model=str(qwen_tokenizer), agent=False, max_tokens=1000, batch=256)
     with agent.open_agent(flags, [Problem("p", "1 + 1?", None)], 16) as loop:
         assert loop.slots == asked[0][1] == 16 and asked[0][0] > 1000

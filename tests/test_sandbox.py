@@ -483,7 +483,6 @@ while True:
 
 @pytest.mark.parametrize("code", [ANSWERS_TO_CONT, NEVER_READS])
 def test_replies_that_nobody_asked_for_hold_up_nobody(box, code):
-    """Neither a replay without end nor a socket that is full may keep the caller."""
     session = box.session()
     session.run(code, seconds=2)
     for _ in range(6):
