@@ -526,7 +526,7 @@ def group_row(step, groups: Groups, tokenizer) -> dict:
 
 def report_step(row, steps) -> None:
     """Print a step in a line, and what is wrong with it in a second one."""
-    names = "reward accuracy code length truncated temperature grad_norm logprob_gap".split()
+    names = "reward accuracy code length logprob_gap seconds_rollout seconds_update".split()
     values = [f"{name} {row[name]:.3g}" for name in names if name in row]
     print(f"step {row['step']:3d}/{steps}", *values, sep="  ", flush=True)
     limit = 0.1 if has_cuda() else 0.001  # what rounding explains, in bfloat16 and in float32
