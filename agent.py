@@ -211,9 +211,7 @@ class Agent:
                     live.session.close()
 
     def request(self, live: Live) -> str | None:
-        """Hand prompt + ids so far to the engine. Returns the request's name, or None: the trace is
-        over, and trace.finish says why.
-        """
+        """Hand prompt + ids to the engine. Returns the request's name; None: the trace is over."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 

@@ -194,7 +194,7 @@ def run(flags: Flags) -> None:
             traces = agent.rollout(jobs)
             for trace in tqdm(traces, total=len(jobs), mininterval=5, disable=team.rank > 0):
                 write_log(path, trace_row(trace))  # the moment it ends
-    team.gather("done")  # wait for the others; UserError where one has failed
+    team.gather("done")  # wait for the others
     if team.rank == 0:
         print_report([out])
 
@@ -353,7 +353,9 @@ def print_report(folders) -> None:
 def main() -> None:
     flags = parse(Flags)
     check_range(flags, 1, math.inf, "n")
-    if flags.report is not None:
+    if flags.report == ():
+        raise UserError("--report needs the folder of one run or more")
+    if flags.report:
         print_report(flags.report)
     elif flags.ablation:
         ablation(flags)
