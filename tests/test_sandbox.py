@@ -659,16 +659,16 @@ def gone(pids):
 
 
 CALLER = """
-import sys, time
+import os, sys, time
 sys.path.insert(0, sys.argv[1])
 from sandbox import Sandbox
 box = Sandbox(workers=3)
 sessions = [box.session() for i in range(3)]
 for session in sessions: session.run("x = 1")
 for session in sessions[1:]: session.submit("while True: pass", 5)
-time.sleep(0.2)
-print("up", flush=True)
-time.sleep(float(sys.argv[2]))
+if not os.fork(): os.fork() or (os.setsid(), os.close(1), os.close(2), time.sleep(30)); os._exit(0)
+os.wait(); time.sleep(0.2)  # that fork of the caller's lives on, and holds its sockets
+print("up", flush=True); time.sleep(float(sys.argv[2]))
 """
 
 
