@@ -64,7 +64,7 @@ demo: setup
 
 reproduce: setup
 	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --out $(RUN)/warm
-	@test -d $(RUN)/grpo/adapter || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 20 --loss-type dr_grpo --scale-rewards none --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
+	@grep -qs '"step": 20,' $(RUN)/grpo/eval.jsonl || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 20 --loss-type dr_grpo --scale-rewards none --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
 	@$(call five,$(RUN)/table,--model embedded --dataset arithmetic --limit 64)
 
 reproduce-full: reproduce

@@ -61,9 +61,7 @@ def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True
         if len(found) == flags.limit:
             break
     if not found:
-        where = " ".join(flags.where)
-        names = ", ".join(row)
-        raise UserError(f"{name}: no rows {where} (columns: {names})")
+        raise UserError(f"{name}: no rows {' '.join(flags.where)} (columns: {', '.join(row)})")
     return list(found.values())
 
 

@@ -309,8 +309,7 @@ def merge(run: Path) -> None:
     """Write RUN/merged, a plain model: the run's best adapter, else its last, in its base."""
     from peft import PeftModel
 
-    folders = [run / "adapter", run / "last"]
-    adapter = str(next(filter(Path.is_dir, folders), run))
+    adapter = str(next(filter(Path.is_dir, [run / "adapter", run / "last"]), run))
     adapter_config(adapter)  # UserError where it is none
     base, _ = resolve_model(adapter, None)
     model = from_pretrained("AutoModelForCausalLM", base, dtype="auto")
@@ -357,13 +356,10 @@ def per_token(traces: list):
 
 def micro_batches(traces: list, budget: int) -> list[list]:
     """Traces by length, cut so that rows x longest row <= budget (or one row alone)."""
-
-    def length(trace):
-        return len(trace.prompt_ids) + len(trace.ids)
-
     batches = []
-    for trace in sorted(traces, key=length):
-        if not batches or (len(batches[-1]) + 1) * length(trace) > budget:
+    for trace in sorted(traces, key=lambda trace: len(trace.prompt_ids + trace.ids)):
+        longest = len(trace.prompt_ids + trace.ids)
+        if not batches or (len(batches[-1]) + 1) * longest > budget:
             batches.append([])
         batches[-1].append(trace)
     return batches

@@ -249,14 +249,13 @@ def score(rows: list[dict], grader: Grader) -> Scored:
 def trace_measures(row: dict) -> dict[str, float]:
     """What is averaged over the traces of a problem."""
     calls = row["calls"]
-    failed = [call for call in calls if call["status"] != "ok"]
     return {
         "avg@n, %": 100 * row["right"],
         "model tokens": row["tokens"],
         "all tokens": row["all_tokens"],
         "with a call, %": 100 * bool(calls),
         "calls": len(calls),
-        "failed calls": len(failed),
+        "failed calls": sum(call["status"] != "ok" for call in calls),
         "truncated, %": 100 * (row["finish"] in CUT),
         "without an answer, %": 100 * (row["answer"] is None),
         "undecided, so wrong, %": 100 * (row["grading"] not in ("ok", "none")),
@@ -269,8 +268,7 @@ def report(runs: list[Run]) -> str:
     names = [run.config["name"] for run in runs]
     overview = []
     for config, problems in runs:
-        there = sum(len(problem.rows) for problem in problems)
-        traces = f"{there} of {config['asked']}"
+        traces = f"{sum(len(p.rows) for p in problems)} of {config['asked']}"
         settings = config["settings"]
         overview.append([config["name"], settings["model"], settings["end_at"], traces])
     text = table(["run", "model", "a trace ends at", "traces"], overview)

@@ -127,8 +127,7 @@ def number(text: str) -> Decimal | None:
     text = POWER.sub(r"e\1", text)
     if not NUMBER.fullmatch(text):
         return None
-    digits = re.sub("[, ]", "", text)
-    return Decimal(digits)
+    return Decimal(re.sub("[, ]", "", text))
 
 
 def rounds(decimal: Decimal, exact: Fraction) -> bool:

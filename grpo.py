@@ -48,9 +48,8 @@ Differences from the published recipe (presets/paper.toml), each with its reason
 
 As published: logits divided by the sampling temperature, KL with beta 0.04 (TRL's default then),
 one optimiser step per rollout, where the ratio is 1 and clipping never acts. --minibatches and
---epochs make several; then pi_old is the trainer's before the first of them.
-
-Left out: a value model, a model spread over GPUs (it must fit one), full fine-tuning.
+--epochs make several; then pi_old is the trainer's before the first of them. Left out: a value
+model, a model spread over GPUs (it must fit one), full fine-tuning.
 
 OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of each step, token by token)
       checkpoint.pt  last/ (PEFT adapter of the last step)  adapter/ (the best in evaluation)
@@ -65,8 +64,9 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from statistics import fmean
 from typing import Literal
@@ -101,6 +101,7 @@ class Config(DataFlags, AgentFlags):
     eval_dataset: str | None = None  # hold nothing out: take this set's first problems
     # the rollout
     problems: int = 8  # problems of a step (B)
+    in_turn: str | None = None  # a column whose values take turns, so that a step has all kinds
     group: int = 8  # traces of a problem (G)
     temperature: float = 1.0  # sampling temperature of the first step
     temperature_end: float = 0.8  # that from step --temperature-steps on, linear in between
@@ -364,12 +365,18 @@ def schedules(step, config) -> tuple[float, float]:
     return temperature, lr
 
 
+def shuffled(problems: list[Problem], seed, config) -> list[Problem]:
+    """In random order; with --in-turn the first of each kind, then the second of each, ..."""
+    order = random.Random(seed).sample(problems, len(problems))
+    nth = defaultdict(count)  # of its kind
+    return sorted(order, key=lambda problem: next(nth[problem.meta.get(config.in_turn)]))
+
+
 def problems_at(step, problems: list[Problem], config) -> list[Problem]:
     """The B problems of a step, from one shuffled pass over all of them after another."""
     B = config.problems
     lap, place = divmod(step, len(problems) // B)  # the last problems of a pass may be left out
-    order = random.Random(f"{config.seed}/{lap}").sample(problems, len(problems))
-    return order[place * B : (place + 1) * B]
+    return shuffled(problems, f"{config.seed}/{lap}", config)[place * B : (place + 1) * B]
 
 
 def roll_out(agent, grader, problems, n, config, team) -> Groups:
@@ -571,11 +578,13 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     if config.dataset == "arithmetic":
         config.split = config.split or "train"
     problems = load_problems(config)
+    if config.in_turn and not all(config.in_turn in problem.meta for problem in problems):
+        raise UserError(f"--in-turn {config.in_turn}: of {', '.join(problems[0].meta)}")
     size = config.eval_problems if config.eval_every else 0
     if config.eval_dataset and size:
         held_out = load_problems(replace(config, split=None, limit=size), config.eval_dataset)
     else:
-        random.Random(f"{config.seed}/held out").shuffle(problems)
+        problems = shuffled(problems, f"{config.seed}/held out", config)
         held_out, problems = problems[:size], problems[size:]
     if len(problems) < config.problems:
         raise UserError(f"{len(problems)} are too few: lower --problems or --eval-problems")

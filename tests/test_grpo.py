@@ -184,8 +184,7 @@ def test_rewards():
 
 def test_schedules():
     config = Config(temperature=1.2, temperature_end=0.7, temperature_steps=11)
-    found = [grpo.schedules(step, config)[0] for step in (0, 5, 10, 39)]
-    assert close(found, [1.2, 0.95, 0.7, 0.7])
+    assert close([grpo.schedules(i, config)[0] for i in (0, 5, 10, 39)], [1.2, 0.95, 0.7, 0.7])
     config = Config(lr=1.0, steps=20, warmup=0.2, lr_schedule="cosine")
     rates = [grpo.schedules(step, config)[1] for step in range(20)]
     assert close(rates[:5], [0.25, 0.5, 0.75, 1.0, 1.0])
@@ -193,11 +192,16 @@ def test_schedules():
     assert grpo.schedules(19, Config(lr=1.0, steps=20, warmup=0.2))[1] == 1.0
 
 
-def test_problems_are_one_shuffled_pass_after_another():
-    steps = [grpo.problems_at(step, list(range(7)), Config(problems=3)) for step in range(40)]
-    laps = [steps[i] + steps[i + 1] for i in range(0, 40, 2)]
+@pytest.mark.parametrize("in_turn", [None, "kind"])
+def test_problems_are_one_shuffled_pass_after_another(in_turn):
+    problems = [Problem(str(i), "q", "1", {"kind": kind}) for i, kind in enumerate("aaaabbc")]
+    config = Config(problems=3, in_turn=in_turn)
+    steps = [grpo.problems_at(step, problems, config) for step in range(40)]
+    laps = [[p.id for p in steps[i] + steps[i + 1]] for i in range(0, 40, 2)]
     assert all(len(set(lap)) == 6 for lap in laps)  # none twice in a pass
-    assert len(set(map(tuple, laps))) > 10 and {min(lap) for lap in laps} >= {0, 1}
+    assert len(set(map(tuple, laps))) > 10 and {min(lap) for lap in laps} >= {"0", "1"}
+    kinds = {"".join(sorted(p.meta["kind"] for p in step)) for step in steps[::2]}
+    assert (kinds == {"abc"}) == bool(in_turn)  # one of each
 
 
 def naive_logprobs(model, trace, temperature):
