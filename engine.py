@@ -358,7 +358,7 @@ def micro_batches(traces: list, budget: int) -> list[list]:
     """Traces by length, cut so that rows x longest row <= budget (or one row alone)."""
     batches = []
     for trace in sorted(traces, key=lambda trace: len(trace.prompt_ids + trace.ids)):
-        longest = len(trace.prompt_ids + trace.ids)
+        longest = len(trace.prompt_ids + trace.ids)  # in its batch: they come by length
         if not batches or (len(batches[-1]) + 1) * longest > budget:
             batches.append([])
         batches[-1].append(trace)

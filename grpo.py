@@ -368,7 +368,7 @@ def schedules(step, config) -> tuple[float, float]:
 def shuffled(problems: list[Problem], seed, config) -> list[Problem]:
     """In random order; with --in-turn the first of each kind, then the second of each, ..."""
     order = random.Random(seed).sample(problems, len(problems))
-    nth = defaultdict(count)  # of its kind
+    nth = defaultdict(count)  # counts each kind; without --in-turn all are of one kind
     return sorted(order, key=lambda problem: next(nth[problem.meta.get(config.in_turn)]))
 
 
@@ -453,10 +453,10 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             print(f"step {step:3d}  held out: {score['eval']:.3f}  ({len(held_out)} problems)")
             evals[step] = score["eval"]
             best = max(evals, key=evals.get)  # of equal ones the first
-            if first:
-                write_log(out / "eval.jsonl", {"step": step, **score})
             if first and step == best:
                 save_adapter(model, out / "adapter")
+            if first:  # last: who sees the row of the last step finds the best adapter there
+                write_log(out / "eval.jsonl", {"step": step, **score})
         if step == config.steps or any(team.gather(bool(stop))):  # all ranks stop, or none
             break
 
@@ -579,7 +579,7 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
         config.split = config.split or "train"
     problems = load_problems(config)
     if config.in_turn and not all(config.in_turn in problem.meta for problem in problems):
-        raise UserError(f"--in-turn {config.in_turn}: of {', '.join(problems[0].meta)}")
+        raise UserError(f"--in-turn {config.in_turn}: give one of {', '.join(problems[0].meta)}")
     size = config.eval_problems if config.eval_every else 0
     if config.eval_dataset and size:
         held_out = load_problems(replace(config, split=None, limit=size), config.eval_dataset)
