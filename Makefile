@@ -18,6 +18,7 @@ stop    = { echo "setup: $(1): name another one: make $(MAKECMDGOALS) PYTHON=/pa
 RUN    := runs/reproduce
 ROWS   := baseline grpo agent warm-start deepmath
 comma  := ,
+STEPS  := 20
 GSM8K  ?= gsm8k
 SVAMP  ?= svamp
 EVAL    = $(PY) evaluate.py --n 16 --max-tokens 256 --batch 256
@@ -64,7 +65,7 @@ demo: setup
 
 reproduce: setup
 	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --out $(RUN)/warm
-	@grep -qs '"step": 20,' $(RUN)/grpo/eval.jsonl || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps 20 --loss-type dr_grpo --scale-rewards none --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
+	@grep -qs '"step": $(STEPS),' $(RUN)/grpo/eval.jsonl || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps $(STEPS) --loss-type dr_grpo --scale-rewards none --lr 1e-4 --warmup 0.2 $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
 	@$(call five,$(RUN)/table,--model embedded --dataset arithmetic --limit 64)
 
 reproduce-full: reproduce
