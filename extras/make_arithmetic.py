@@ -25,6 +25,7 @@ from data import CALL_CLOSE, CALL_OPEN, problem_id  # noqa: E402
 
 SIZES = {"train": 2000, "test": 200}
 NAMES = "Ana Ben Chen Dora Emeka Fatima Goran Hana Ivan Jun Kofi Lena Mateo Nadia".split()
+FIRST_LINE = "from sympy import *\n"  # of every snippet: the choice of a tool comes after it
 GOODS = "pencils apples tickets notebooks stamps marbles cookies books bottles plants".split()
 
 
@@ -96,7 +97,7 @@ def draw(family: str, rng, d: int) -> dict:
             sign = " \\times " if op == "*" else f" {op} "
             return {
                 "shown": sign.join(f"\\frac{{{p.numerator}}}{{{p.denominator}}}" for p in parts),
-                "code": f" {op} ".join(f"Fraction({p.numerator}, {p.denominator})" for p in parts),
+                "code": f" {op} ".join(f"Rational({p.numerator}, {p.denominator})" for p in parts),
             }
         case "equation":
             a, b, c = rng.randint(2, 20), rng.randint(-99, 99) or 7, rng.randint(-20, 20)
@@ -108,9 +109,8 @@ def draw(family: str, rng, d: int) -> dict:
             x, y = rng.randint(-9 * d, 9 * d), rng.randint(-9 * d, 9 * d)
             b, c, e = rng.randint(2, 5), rng.randint(2, 9), rng.randint(2, 9)
             target = rng.choice(["x", "y", "x + y", "x * y"])
-            shown = target.replace("x", "s[x]").replace("y", "s[y]")
             first, second = x + b * y, c * x - e * y
-            return dict(b=b, c=c, e=e, target=target, shown=shown, first=first, second=second)
+            return dict(b=b, c=c, e=e, target=target, first=first, second=second)
         case "digits":
             return {"a": rng.randint(2, 99), "e": rng.randint(5, 20 * d)}
         case "shopping":
@@ -148,7 +148,7 @@ def arithmetic(split: str, n: int) -> list[dict]:
         values = draw(name, rng, difficulty)
         choices = templates.get(f"{name} {difficulty}") or templates[name]
         wording, snippet = rng.choice(choices) if len(choices) > 1 else choices[0]
-        question, snippet = wording.format(**values), snippet.format(**values)
+        question, snippet = wording.format(**values), FIRST_LINE + snippet.format(**values)
         key = problem_id(question)
         if key in rows or (int(key, 16) % 5 == 0) != (split == "test"):
             continue

@@ -1,6 +1,6 @@
 """A short supervised stage before GRPO: the model reads worked solutions until it imitates them.
 
-    python extras/warm_start.py --out runs/warm        # 1,200 of arithmetic's own solutions
+    python extras/warm_start.py --out runs/warm        # 200 of arithmetic's own solutions
     python extras/warm_start.py --dataset deepmath-103k --solution-key r1_solution_1 --no-agent
     python grpo.py --lora runs/warm/adapter
 
@@ -44,8 +44,8 @@ class Flags(Config):
     solution_key: str | None = None
     """Column of the solutions; without this flag the first of the usual names."""
     out: str = "runs/warm"
-    problems: int = 32
-    lr: float = 1e-4 if has_cuda() else 1e-3
+    problems: int = 16
+    lr: float = 1e-4 if has_cuda() else 4e-4
 
 
 def demonstration(tokenizer, prompt, problem, solution: str) -> Trace:
@@ -65,7 +65,7 @@ def demonstration(tokenizer, prompt, problem, solution: str) -> Trace:
 def read_traces(flags: Flags, tokenizer, prompt, context: int) -> list[Trace]:
     """Demonstrations that fit. Raises UserError where there are none."""
     if flags.dataset == "arithmetic":
-        flags.split, flags.limit = flags.split or "train", flags.limit or 1200
+        flags.split, flags.limit = flags.split or "train", flags.limit or 200
     problems = load_problems(flags)
     names = [flags.solution_key] if flags.solution_key else SOLUTION_KEYS
     key = next((name for name in names if name in problems[0].meta), None)
