@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tarfile
@@ -12,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background
+
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder named by DEEPMATH_DATA, with the benchmark files that are too big or not ours to
-    keep here.
-    """
+    """The folder named by DEEPMATH_DATA: benchmark files that are too big, or not ours, to keep."""
     folder = os.environ.get("DEEPMATH_DATA")
     if not folder:
         pytest.skip("needs data files: set DEEPMATH_DATA to their folder")
