@@ -22,8 +22,7 @@ def data_dir() -> Path:
     folder = os.environ.get("DEEPMATH_DATA")
     if not folder:
         pytest.skip("needs data files: set DEEPMATH_DATA to their folder")
-    if not Path(folder).is_dir():
-        pytest.fail(f"DEEPMATH_DATA={folder} is not a folder")
+    assert Path(folder).is_dir(), f"DEEPMATH_DATA={folder} is not a folder"
     return Path(folder)
 
 
