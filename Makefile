@@ -18,7 +18,7 @@ stop    = { echo "setup: $(1): name another one: make $(MAKECMDGOALS) PYTHON=/pa
 RUN    := runs/reproduce
 ROWS   := baseline grpo agent warm-start deepmath
 comma  := ,
-STEPS  := 24
+STEPS  := 32
 GRPO   := --in-turn family --problems 15 --group 8 --loss-type grpo --scale-rewards none --skip-flat accuracy \
           --lr 3e-4 --lr-schedule cosine --warmup 0.1 --max-tokens 128 --temperature 0.8 --batch 128 \
           --eval-problems 45 --eval-every 8

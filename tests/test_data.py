@@ -171,7 +171,7 @@ def tok():
 def test_our_prompts(tok):
     turns = read_prompt(AgentFlags(model="embedded"))
     roles = [message["role"] for message in turns.messages]
-    assert roles == ["user", "assistant"] * 4 + ["user"]
+    assert roles == ["user", "assistant"] * 5 + ["user"]
     assert "<tool_call>" in turns.messages[1]["content"]
     system = read_prompt(AgentFlags(model="x/y"))
     assert [m["role"] for m in system.messages] == ["system", "user"]
@@ -189,7 +189,7 @@ def test_a_base_model_gets_questions_and_solutions_as_text():
     base.chat_template = None
     turns = read_prompt(AgentFlags(model="embedded"))
     text = base.decode(render_prompt(base, turns, "1 + 1?"))
-    assert text.startswith("Question: A theatre has") and text.count("\n\nQuestion: ") == 4
+    assert text.startswith("Question: A theatre has") and text.count("\n\nQuestion: ") == 5
     assert text.endswith("Question: 1 + 1?\nUse Python to compute the answer.\n\n")
 
 
@@ -212,7 +212,7 @@ def test_the_examples_are_right_and_not_in_the_built_in_set(capsys):
     *messages, _ = read_prompt(AgentFlags(model="embedded")).messages
     known = {p.id for split in ("train", "test") for p in load(split=split)}
     asked = {data.problem_id(m["content"].split("\nUse Python")[0]) for m in messages[::2]}
-    assert len(asked) == 4 and not known & asked
+    assert len(asked) == 5 and not known & asked
     form = r".*<tool_call>\n(.*)\n</tool_call>\n```output\n(.*)\n```\nThe answer is \\boxed{\2}."
     for message in messages[1::2]:
         code, shown = re.fullmatch(form, message["content"], re.S).groups()
