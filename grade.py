@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
-from queue import LifoQueue
 from typing import NamedTuple
 
 import tyro
@@ -90,6 +89,7 @@ def tidy(text: str) -> str:
     """An answer without LaTeX's noise; its meaning stays."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
+    text = re.sub(r"(√|\\sqrt) *(\d+)", r"\\sqrt{\2}", text)  # √12 is not √1 times 2
     for spelling, usual in SPELLINGS.items():
         text = text.replace(spelling, usual)
     text = re.sub(r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}", text)
@@ -141,7 +141,7 @@ def rounds(decimal: Decimal, exact: Fraction) -> bool:
     written = Fraction(decimal)
     unit = Fraction(10) ** exponent  # of the last digit
     is_cut = written / unit in (round(exact / unit), int(exact / unit))
-    return is_cut or abs(written - exact) < abs(exact) / 10**14
+    return is_cut or abs(written - exact) < min(abs(exact), 10**8) / 10**14
 
 
 # ---- The rules. Each takes two tidy answers: True or False is a verdict, None is «not my business»
@@ -168,7 +168,7 @@ def same_number(gold: str, answer: str) -> bool | None:
 
 
 WORDS = r"\\text\{[A-Za-z .,-]+\}|[A-Z]{2,}|[A-Za-z]{4,}|[A-Za-z]{2,} [A-Za-z .,-]+"
-NOISE = r"\\text|[\s{}\"?]|(?<!\d)!|[.,](?!\d)"  # a point in 1.5 is none
+NOISE = r"\\text|[\s{}\"?]|(?<=[a-z]{2})!|[.,](?!\d)"  # a point in 1.5 is none
 
 
 def same_words(gold: str, answer: str) -> bool | None:
@@ -206,14 +206,16 @@ def unname(text: str) -> tuple[str, str]:
 
 # All names of a unit but the plural; the first stands for it.
 UNITS = """%|°|m meter metre|cm centimeter centimetre|mm millimeter|km kilometer|in inch inche
-|ft foot feet|yd yard|mi mile|mph|s sec second|min minute|h hr hour|day|week|month|year|g gram
-|kg kilogram|lb pound|oz ounce|l liter litre|ml milliliter|gallon|dollar|cent|euro"""
+|ft foot feet|yd yard|mi mile|mph|s sec second|min minute|h hr hour|day|week|month|year|g gram|kg
+kilogram|lb pound|oz ounce|l liter litre|ml milliliter|gallon|dollar|cent|euro|square sq|cubic"""
 UNIT = {}
 for names in UNITS.split("|"):
     for name in names.split():
         UNIT[name] = UNIT[name + "s"] = names.split()[0]
-MEASURE = r"(.*[\d})|]|.*\\pi) ?(°|\\?%|\\text ?\{[^{}]*\}|[A-Za-z][A-Za-z. /]+)(?:\^\{[23]\})?"
-NO_UNIT = r"\b(not?|if|mod|than|least|most|more|when|for|sin|cos|tan)\b|illion|hundred|thousand"
+POWERS = {None: [], "^{2}": ["square"], "^{3}": ["cubic"]}
+MEASURE = r"(.*[\d})|]|.*\\pi) ?(°|\\?%|\\text ?\{[^{}\d]*\}|[A-Za-z][A-Za-z. /]+)(\^\{[23]\})?"
+NO_UNIT = r"""(?x)\b(not?|if|mod|than|least|most|more|fewer|half|when|for|sin|cos|tan
+|north|south|east|west|[aApP]\.?[mM])\b|illion|hundred|thousand"""
 
 
 def same_measure(gold: str, answer: str) -> bool | None:
@@ -232,11 +234,11 @@ def split_unit(text: str) -> tuple[str, str]:
     match = re.fullmatch(MEASURE, text)
     if match is None or re.search(NO_UNIT, text):
         return text, ""
-    value, written = match.groups()
+    value, written, power = match.groups()
     words = re.findall("[a-z]+|°|%", written.lower())
-    unit = " ".join(UNIT[word] for word in words if word in UNIT)
-    if unit or "text" in words:
-        return value, unit
+    units = [UNIT[word] for word in words if word in UNIT]
+    if units or "text" in words:
+        return value, " ".join(POWERS[power] + units)
     return text, ""
 
 
@@ -300,6 +302,7 @@ def formula(text: str):
     if re.search(r"[\d.] +[\d.]|\d_", text):  # it would add the two, and not see the base
         raise ValueError("two numbers side by side, or a number base")
     text = text.replace("°", r"\cdot \frac{\pi}{180}")
+    text = re.sub(r"([\d)]|\\binom\{\d+\}\{\d+\})(?=\(\d|\\binom)", r"\1\\cdot ", text)  # not +
     config = ConversionConfig(lowercase_symbols=False)
     found = latex2sympy(text, normalization_config=None, conversion_config=config)
     exact = {value: sympy.Rational(str(value)) for value in found.atoms(sympy.Float)}
@@ -325,13 +328,11 @@ class Grader(contextlib.AbstractContextManager):
     def __init__(self, workers: int = 2):
         self.known: dict[tuple, Future] = {}
         self.threads = ThreadPoolExecutor(workers)
-        self.waiting = LifoQueue()  # workers without a pair; None where one has to start
-        for _ in range(workers):
-            self.waiting.put(None)
+        self.idle: list[subprocess.Popen] = []  # workers without a pair
 
     def __exit__(self, *_):
         self.threads.shutdown(cancel_futures=True)  # waits for the pairs at work: seconds
-        for worker in filter(None, self.waiting.queue):
+        for worker in self.idle:
             worker.communicate()  # closes its input, which ends it
 
     def __call__(self, gold: str, answer: str | None) -> Verdict:
@@ -350,12 +351,15 @@ class Grader(contextlib.AbstractContextManager):
         if equal is not None:
             return Verdict(equal, "ok")
         for _ in range(5):  # a worker that somebody has killed decides nothing
-            worker = self.waiting.get() or self.start()
+            try:
+                worker = self.idle.pop()
+            except IndexError:
+                worker = self.start()
             with contextlib.suppress(BrokenPipeError):
                 worker.stdin.write(json.dumps([gold, answer]) + "\n")
             reply = worker.stdout.readline()
-            self.waiting.put(worker if reply else None)
             if reply:
+                self.idle.append(worker)
                 return Verdict(*json.loads(reply))
             if worker.wait() == -signal.SIGPROF:
                 return Verdict(False, "timeout")
@@ -422,8 +426,7 @@ def read_rows(path: Path) -> list[dict]:
     for line in filter(bytes.strip, path.open("rb")):  # our own files begin with an empty one
         try:
             row = json.loads(line)
-            gold = row["gold"] if "gold" in row else row["answer"]
-            row["gold"] = str(gold)
+            row["gold"] = str(row["gold"] if "gold" in row else row["answer"])
             row["extracted"] = extract_answer(row["text"])
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}: row {len(rows) + 1}: no `text`, or no `gold`") from None

@@ -80,6 +80,18 @@ PAIRS = [  # gold, answer, equal
     (r"\$5", r"5 \text{ dollars}", True),
     (r"\$5", "5 cents", False),
     (r"5\%", "5 cm", False),
+    (r"5\text{ cm}^2", "5 cm", False),
+    ("5 cm^2", r"5\text{ square centimeters}", True),
+    ("5xy^2", "5x", False),
+    (r"5 \text{ miles per minute}", r"5 \text{ minutes per mile}", False),
+    (r"4:30 \text{ p.m.}", r"4:30 \text{ a.m.}", False),
+    (r"7", r"7\text{ remainder 2}", False),
+    (r"5\text{ km north}", r"5\text{ km south}", False),
+    (r"(n-1)!\text{ ways}", r"(n-1)\text{ ways}", False),
+    ("12", r"2\binom{4}{2}", True),
+    ("5", "2(3)", False),
+    (r"2\sqrt{3}", "√12", True),
+    ("9007199254740993", "9007199254740992.0", False),
     (r"25\%", r"\frac{1}{4}", True),
     (r"50\%", r"0.5\%", False),
     (r"\cos 60^\circ", r"\cos 60", False),
@@ -144,9 +156,17 @@ def test_workers_that_somebody_kills_change_no_verdict():
     with Grader(workers=2) as grader:
         grader.submit("x + 1", "1 + x")
         assert grader("x + 2", "2 + x").equal
-        for worker in filter(None, list(grader.waiting.queue)):
+        for worker in list(grader.idle):
             worker.kill()
         assert grader("x + 3", "3 + x") == grader("x + 4", "4 + x") == (True, "ok")
+
+
+def test_a_worker_that_cannot_start_keeps_nobody_waiting(monkeypatch):
+    monkeypatch.setattr(Grader, "start", lambda _: 1 / 0)
+    with Grader(workers=1) as grader:
+        for answer in ("1 + x", "2 + x"):
+            with pytest.raises(ZeroDivisionError):
+                grader("x + 1", answer)
 
 
 # ---- Votes and the command
