@@ -11,7 +11,7 @@ or write a file, reach the network, start or signal a process, see the caller's 
 another trace, or hold up the caller.
 
     namespace  imports from an allow-list: messages for the model, NOT a boundary
-    rlimits    memory, no new files, no forks (not enforced for uid 0)
+    rlimits    memory, nothing written to files, no forks (not enforced for uid 0)
     uid        root drops to an unused uid of its own; everybody drops every capability
     landlock   no path may be opened, changed or run; no TCP; no signals out
     seccomp    THE WALL: a list of system calls, some with checked arguments; the rest fails
@@ -75,7 +75,7 @@ class Result:
 class Session:
     """The variables of one trace: a process, and the snippets that can make it again.
 
-    One thread at a time owns the process: a worker, or who takes the session out of `box.idle`.
+    One thread at a time owns the process: a worker, or who takes it out of `box.idle`.
     """
 
     def __init__(self, box: "Sandbox"):
@@ -102,14 +102,14 @@ class Session:
     def close(self) -> None:
         """Forget the variables. A snippet that runs is stopped by its worker at the next tick."""
         self.closed.set()
-        if self.box.idle.pop(self, None) is not None:
-            self.process.kill()
+        if self.box.idle.pop(process := self.process, None) is not None:
+            process.kill()
 
     def execute(self, code: str, seconds: float) -> Result:
         """In a worker: run a snippet to its end."""
         if len(code) > 50_000:  # what the socket takes, at four bytes a character
             return Result("error", "SyntaxError: the snippet has over 50,000 characters", 0.0)
-        if self.box.idle.pop(self, None) is None:
+        if self.box.idle.pop(self.process, None) is None:
             self.process = None  # none yet, or stopped, or killed to make room
         try:
             note = self.prepare()
@@ -125,7 +125,7 @@ class Session:
         """See to a process that holds this trace's variables. Returns what to say if some are lost.
 
         In a replay a snippet gets twice the time that it took. Where one ends otherwise than it
-        did, those before it are replayed once more.
+        did, those before it are replayed once more; where that fails, none.
         """
         note = ""
         while self.process is None or not self.process.is_idle():
@@ -137,6 +137,7 @@ class Session:
             for number, (code, past) in enumerate(self.history):
                 again = self.process.run(code, 2 * past.seconds + 1, self.closed)
                 if again.status != past.status or not self.process.is_idle():
+                    number = 0 if note else number  # this ends after two attempts
                     note = f"(of the earlier snippets only the first {number} could be repeated)\n"
                     self.history = self.history[:number]
                     self.process.kill()
@@ -157,7 +158,7 @@ class Sandbox(contextlib.AbstractContextManager):
 
         # Idle sessions are kept, up to a number (they take three descriptors each) and a quarter of
         # the memory.
-        self.idle: OrderedDict[Session, int] = OrderedDict()  # bytes of each, longest idle first
+        self.idle: OrderedDict[Process, int] = OrderedDict()  # bytes of each, longest idle first
         self.room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 6
         self.memory = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() // 4
 
@@ -227,7 +228,7 @@ class Sandbox(contextlib.AbstractContextManager):
 
     def shelve(self, session: Session) -> None:
         """Make an idle session's process the box's, which may kill it."""
-        self.idle[session] = session.process.memory() - session.process.inherited
+        self.idle[session.process] = session.process.memory() - session.process.inherited
         self.shrink(self.room, self.memory)
         if session.closed.is_set():
             session.close()
@@ -236,8 +237,8 @@ class Sandbox(contextlib.AbstractContextManager):
         """Kill the longest idle sessions until so many are left, of so many bytes together."""
         while len(self.idle) > room or sum(list(self.idle.values())) > memory:
             with contextlib.suppress(KeyError):  # another thread was quicker
-                session, _ = self.idle.popitem(last=False)
-                session.process.kill()
+                process, _ = self.idle.popitem(last=False)
+                process.kill()
 
 
 # ---- A session's process and the zygote, as the caller sees them
@@ -488,10 +489,10 @@ SYSCALLS = """
     gettid 186 178           getuid 102 174          geteuid 107 175         getgid 104 176
     getegid 108 177          exit 60 93              exit_group 231 94
 """
-PROT_EXEC, MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB = 4, 2, 15, 0x40000
+PROT_EXEC, MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB, MAP_POPULATE = 4, 2, 15, 0x40000, 0x8000
 ALL, CLOCK_REALTIME, OF_A_PROCESS = 0xFFFFFFFF, 256, 0x80000000
 CHECKS = {  # (argument, counted from 0; bits to look at; values that may be there)
-    "mmap": [(2, PROT_EXEC, [0]), (3, MAP_TYPE | MAP_HUGETLB, [MAP_PRIVATE])],
+    "mmap": [(2, PROT_EXEC, [0]), (3, MAP_TYPE | MAP_HUGETLB | MAP_POPULATE, [MAP_PRIVATE])],
     "mprotect": [(2, PROT_EXEC, [0])],
     "madvise": [(2, ALL, [4, 8, 14])],  # DONTNEED, FREE, HUGEPAGE
     "futex": [(1, ALL ^ CLOCK_REALTIME, [128, 129, 137, 138])],  # private waits and wakes, no locks

@@ -30,11 +30,11 @@ ALLOWED = """
 PLOTTING = "matplotlib mpl_toolkits seaborn pylab".split()
 
 
-class Refused(ImportError):
+class Refused(ModuleNotFoundError):
     """An import that is not on the list. A snippet that does not catch it ends as `blocked`."""
 
 
-# Stands for matplotlib and all that is in it: takes any use, draws nothing.
+# Stands for matplotlib and all that is in it: takes nearly any use, draws nothing.
 NO_DISPLAY = MagicMock()
 NO_DISPLAY.pyplot = NO_DISPLAY
 NO_DISPLAY.subplots.return_value = (NO_DISPLAY, NO_DISPLAY)  # figure, axes
@@ -123,8 +123,9 @@ def unwrap(code: str) -> str:
     """The code without fences, prompts, magic commands, odd spaces and common indentation."""
     code = re.sub("[\ufeff\u200b-\u200d\u2060]", "", code)
     code = re.sub("[\xa0\u2000-\u200a\u202f\u3000]", " ", code)
-    code = re.sub(r"(?m)^[ \t]*[%!].*$", "", code)  # %matplotlib inline, !pip install
-    blocks = re.findall(r"(?s)(?:```|~~~)[\w+-]*[ \t]*\n(.*?)(?:```|~~~|\Z)", code)
+    code = re.sub(r"(?m)^[ \t]*[%!]%?[A-Za-z].*$", "", code)  # %matplotlib inline, !pip install
+    blocks = re.findall(r"(?s)(?:```|~~~)([\w+-]*)[ \t]*\n(.*?)(?:```|~~~|\Z)", code)
+    blocks = [block for name, block in blocks if name not in ("output", "text")]  # made up
     code = "".join(blocks).strip("\n") or re.sub(r"(?:```|~~~)[\w+-]*", "", code)
     code = textwrap.dedent(code)
     prompts = re.findall(r"(?m)^(?:>>>|\.\.\.) ?(.*)$", code)
@@ -132,10 +133,7 @@ def unwrap(code: str) -> str:
 
 
 def serve(guarded: bool) -> None:
-    """Snippet after snippet from descriptor 3, a status as reply, until the socket closes.
-
-    All run in one namespace, so variables are kept.
-    """
+    """Snippets from descriptor 3, all in one namespace, a status as reply, until it closes."""
     inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
     if guarded:
         inside["__import__"] = guarded_import
@@ -150,8 +148,7 @@ def serve(guarded: bool) -> None:
 def run(code: str, number: int, namespace: dict) -> str:
     """Run a snippet and write all it has to say to descriptor 1; its number seeds what is random.
 
-    So two Monte-Carlo snippets differ and a replay repeats them. Returns ok, error, blocked
-    (refused here or by the kernel) or memory.
+    So a replay repeats them. Returns ok, error, blocked (here or by the kernel) or memory.
     """
     filename = f"<snippet {number}>"
     # Line by line, so that a stopped snippet's output is not lost.
@@ -167,7 +164,8 @@ def run(code: str, number: int, namespace: dict) -> str:
             importlib.import_module(name).seed(number)
         exec(body, namespace)
         value = eval(last, namespace) if last else None
-        if value is not None:  # as a REPL, but numbers of these without their constructors
+        # As a REPL, but numbers of these libraries without their constructors.
+        if not isinstance(value, MagicMock | None):
             library = type(value).__module__.split(".")[0] in ("numpy", "sympy", "mpmath")
             out.write((str(value) if library else repr(value)) + "\n")
     except SystemExit as end:  # exit(): what was printed stands
@@ -179,11 +177,11 @@ def run(code: str, number: int, namespace: dict) -> str:
     except BaseException as error:
         status, problem = "error", error
     sys.settrace(None)
-    with contextlib.suppress(Exception):  # whatever the snippet has left of them
-        sys.stdout.flush()
-        out.flush()
-        if problem:
-            os.write(1, (explain(problem) + "\n").encode("utf-8", "backslashreplace"))
+    for file in (sys.stdout, out):
+        with contextlib.suppress(Exception):  # whatever the snippet has left of them
+            file.flush()
+    if problem:
+        os.write(1, (explain(problem) + "\n").encode("utf-8", "backslashreplace"))
     return status
 
 
