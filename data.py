@@ -43,6 +43,7 @@ def problem_id(question: str) -> str:
 # ---- The sets
 SETS_FILE = HERE / "problems" / "sets.json"
 SETS = json.loads(SETS_FILE.read_text())  # name -> its parts: most sets have one
+HAVE_TRAIN = ("arithmetic", "gsm8k", "svamp")  # sets with a split to train on beside the test split
 FILES = (".jsonl", ".json", ".csv", ".parquet")
 QUESTION_KEYS = "problem question question_concat prompt input Problem Question".split()
 ANSWER_KEYS = "answer final_answer expected_answer gold target Answer".split()
@@ -87,7 +88,8 @@ def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
             rows = read_file(HERE / "problems" / "arithmetic.jsonl")
             yield from (row for row in rows if row["split"] == split)
         elif place.endswith(FILES):
-            yield from read_file(Path(place))
+            rows = read_file(Path(place))
+            yield from (row for row in rows if flags.split in (None, row.get("split", flags.split)))
         else:
             go_offline_without_hub()
             import datasets  # only here: it takes seconds
@@ -129,7 +131,7 @@ def to_problem(row: dict, name: str, flags: DataFlags, need_answer: bool) -> Pro
     if not isinstance(question, str) or not question.strip():
         raise UserError(f"{name}: no question among {names}: name it with --question-key")
     if need_answer and answer is None:
-        raise UserError(f"{name}: no answer among {names}: name it with --answer-key")
+        raise UserError(f"{name}: a row has no answer among {names}: name it with --answer-key")
     question = question.strip()
     return Problem(problem_id(question), question, answer, meta)
 
@@ -168,7 +170,7 @@ def matches(row: dict, condition: str) -> bool:
         low, high = float(low), float(high or low)
     except ValueError:  # not a number
         return want.lower() in value.lower().split(" -> ")
-    first = re.search(r"-?\d+(\.\d+)?", value)
+    first = re.search(r"((?<!\w)-)?\d+(\.\d+)?", value)  # of aime-2024 it is 2024
     return first is not None and low <= float(first[0]) <= high
 
 
@@ -257,8 +259,7 @@ def disarm(tokenizer, text: str) -> str:
     tokens = tokenizer.added_tokens_decoder.values()
     names = "|".join(re.escape(str(token)) for token in tokens)
     first_character = f"(?={names})."  # of each one where names overlap
-    text = text.replace(SPLIT, "")
-    return re.sub(first_character, rf"\g<0>{SPLIT}", text, flags=re.DOTALL)
+    return re.sub(first_character, rf"\g<0>{SPLIT}", text.replace(SPLIT, ""), flags=re.DOTALL)
 
 
 def encode(tokenizer, text: str) -> list[int]:

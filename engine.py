@@ -298,7 +298,7 @@ def load_trainer(config, folder: str, adapter: str | None):
 
 
 def save_adapter(model, folder: Path) -> None:
-    """A PEFT adapter folder, written beside its place and renamed: there whole or not at all."""
+    """A PEFT adapter folder, written beside its place and then moved there."""
     work = folder.with_name(f".{folder.name}.tmp")
     model.save_pretrained(work, save_embedding_layers=False)
     shutil.rmtree(folder, ignore_errors=True)
@@ -440,7 +440,7 @@ class Team:
 
             patience = timedelta(hours=6)  # torchrun ends everybody when one rank fails
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-            self.store = dist.PrefixStore("team", store)
+            self.store = dist.PrefixStore(" ".join(sys.argv), store)  # own to a row of --ablation
             self.group = dist.ProcessGroupGloo(self.store, rank, size, patience)
 
     def gather(self, value) -> list:

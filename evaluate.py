@@ -2,7 +2,7 @@ r"""Evaluation: run a benchmark, put the answers to the vote, measure, compare.
 
     python evaluate.py --dataset arithmetic --limit 64 --out runs/agent    # 16 traces a problem
     python evaluate.py --dataset arithmetic --limit 64 --out runs/baseline --no-agent
-    python evaluate.py --report runs/baseline runs/agent    # side by side; no model needed
+    python evaluate.py --report runs/baseline runs/agent    # side by side (plots: extras/report.py)
     python evaluate.py --ablation --out runs/ablation    # the paper's four rows
     torchrun --nproc-per-node 8 -- evaluate.py --dataset math500    # every GPU takes its share
 
@@ -19,8 +19,6 @@ Verdicts are made anew by grade.py for every report. From n traces of each probl
     tokens       of a trace: those that the model wrote; `all tokens` has inserted outputs too
     [low, high]  95 % interval by bootstrap over problems (Efron 1979, percentiles). Two runs are
                  compared problem by problem, so that hard ones do not widen the interval.
-
-Breakdowns by level or topic, plots and a page to browse in are made by extras/report.py.
 """
 
 import contextlib
@@ -233,7 +231,7 @@ def score(rows: list[dict], grader: Grader) -> Scored:
     for row in rows:
         row["right"], row["grading"] = grader(row["gold"], row["answer"])
     clusters = vote([row["answer"] for row in rows], grader).clusters
-    # The members of a cluster are equivalent: the first one decides.
+    # The answer of a cluster is its first member's, and so is its verdict.
     votes = [(count, rows[places[0]]["right"]) for _, count, places in clusters]
     n = len(rows)
     k = min(4, n)

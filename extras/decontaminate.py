@@ -48,7 +48,7 @@ SILENT = re.compile(
     r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|text(?:bf|it|rm)?|math(?:rm|bf|it|cal|bb)|quad"
     r"|qquad|operatorname)(?![a-z])|\\[,;:! ]|[${}~]"
 )
-TOKEN = re.compile(r"\\?[a-z]+|\d+(?:\.\d+)?|[-+*/=<>^_×·−÷|%]")
+TOKEN = re.compile(r"\\?[^\W\d_]+|\d+(?:\.\d+)?|[-+*/=<>^_×·−÷|%]")
 SAME = "dfrac frac tfrac frac leq le geq ge neq ne times * cdot * × * · * − - ÷ / div /".split()
 SYNONYMS = dict(zip(SAME[::2], SAME[1::2]))
 

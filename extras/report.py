@@ -21,6 +21,7 @@ import random
 import sys
 import zlib
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from statistics import fmean
 
@@ -64,15 +65,17 @@ def powers(problems: list[Scored]) -> list[int]:
 
 
 def majority_at(scored: Scored, k: int) -> float:
-    """majority@k of a problem: the mean over 200 seeded subsets of its n traces (one for k = n)."""
+    """majority@k of a problem: the mean over all subsets of its n traces, or over 200 of them."""
     n = len(scored.rows)
     k = min(k, n)
     cluster = {i: c for c, (_, _, places) in enumerate(scored.clusters) for i in places}
     right = [scored.rows[places[0]]["right"] for _, _, places in scored.clusters]
-    rng, values = random.Random(0), []
-    for _ in range(200 if k < n else 1):
+    subsets, rng, values = combinations(range(n), k), random.Random(scored.id), []
+    if math.comb(n, k) > 200:
+        subsets = [rng.sample(range(n), k) for _ in range(200)]
+    for subset in subsets:
         votes = [0] * len(right)
-        for i in rng.sample(range(n), k):
+        for i in subset:
             if i in cluster:  # else it has no answer
                 votes[cluster[i]] += 1
         values.append(majority(list(zip(votes, right, strict=True))))
@@ -80,7 +83,7 @@ def majority_at(scored: Scored, k: int) -> float:
 
 
 def at_k(problems: list[Scored], k: int) -> str:
-    if not problems:
+    if not problems or k > max(len(scored.rows) for scored in problems):
         return ""
     votes = fmean(majority_at(scored, k) for scored in problems)
     counts = [(len(s.rows), sum(row["right"] for row in s.rows)) for s in problems]
@@ -103,6 +106,7 @@ def by_group(runs: list[Run], name: str, key: str) -> str:
             value = scored.rows[0]["meta"].get(key)
             if key == "topic" and value:
                 value = str(value).split(" -> ")[:2][-1]
+            value = value if isinstance(value, int | float | None) else str(value)
             if value is not None:
                 groups.setdefault(value, [[] for _ in runs])[i].append(scored)
     if not 1 < len(groups) <= 40:
@@ -155,7 +159,7 @@ def draw_run(left, right, label: str, problems: list[Scored], colour: str) -> No
     bars = []
     for values in (tokens, shares):
         middle, (low, high) = fmean(values), interval(values)
-        bars.append([[middle - low], [high - middle]])
+        bars.append([[max(0, middle - low)], [max(0, high - middle)]])  # not -1e-17
     style = {"fmt": "o", "ms": 8, "lw": 1.4, "capsize": 3, "color": colour, "label": label}
     left.errorbar(fmean(tokens), fmean(shares), xerr=bars[0], yerr=bars[1], **style)
     ks = powers(problems)

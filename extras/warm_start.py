@@ -1,7 +1,7 @@
 """A short supervised stage before GRPO: the model reads worked solutions until it imitates them.
 
     python extras/warm_start.py --out runs/warm        # 200 of arithmetic's own solutions
-    python extras/warm_start.py --dataset deepmath-103k --solution-key r1_solution_1 --no-agent
+    python extras/warm_start.py --dataset deepmath-103k --no-agent --max-tokens 7000
     python grpo.py --lora runs/warm/adapter
 
 Why: GRPO raises the chance of what a model already does now and then. What it never does has no
@@ -28,13 +28,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from agent import Trace, check_flags  # noqa: E402
 from cli import UserError, check_range, has_cuda, parse, run_main, write_log  # noqa: E402
-from data import CALL_CLOSE, disarm, encode, load_problems, render_prompt  # noqa: E402
+from data import CALL_CLOSE, HAVE_TRAIN, disarm, encode, load_problems, render_prompt  # noqa: E402
 from engine import Team, from_pretrained, load_trainer  # noqa: E402
 from engine import prepare_environment, resolve_model, save_adapter  # noqa: E402
 from grpo import Config, update  # noqa: E402
 
 SOLUTION_KEYS = ("solution", "r1_solution_1", "generated_solution")
-OUTPUT = re.compile(rf"(?<={re.escape(CALL_CLOSE)})(\n```output\n.*?\n```\n)", re.S)
+OUTPUT = re.compile(rf"(?<={re.escape(CALL_CLOSE)})(\n```output\n)(.*?)(\n```\n)", re.S)
 
 
 @dataclass(kw_only=True)
@@ -52,7 +52,7 @@ def demonstration(tokenizer, prompt, problem, solution: str) -> Trace:
     """A solution as a finished trace with advantage 1; outputs are masked, as if inserted."""
     trace = Trace(problem, 0, render_prompt(tokenizer, prompt, problem.question), advantage=1.0)
     for i, part in enumerate(OUTPUT.split(solution)):
-        own = i % 2 == 0  # the others are the blocks that follow a closed call
+        own = i % 4 == 0  # the others are the three parts of a block that follows a closed call
         ids = encode(tokenizer, part if own else disarm(tokenizer, part))
         trace.ids += ids
         trace.mask += [int(own)] * len(ids)
@@ -64,8 +64,10 @@ def demonstration(tokenizer, prompt, problem, solution: str) -> Trace:
 
 def read_traces(flags: Flags, tokenizer, prompt, context: int) -> list[Trace]:
     """Demonstrations that fit. Raises UserError where there are none."""
+    if flags.dataset in HAVE_TRAIN:
+        flags.split = flags.split or "train"
     if flags.dataset == "arithmetic":
-        flags.split, flags.limit = flags.split or "train", flags.limit or 200
+        flags.limit = flags.limit or 200
     problems = load_problems(flags)
     names = [flags.solution_key] if flags.solution_key else SOLUTION_KEYS
     key = next((name for name in names if name in problems[0].meta), None)

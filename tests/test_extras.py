@@ -33,10 +33,7 @@ BENCH = [
 COPIES = [  # the test that must name it, the copy
     ("exact", r"Compute \(\frac{3}{7}+\tfrac{2}{5}\) and write the result as a common fraction!"),
     ("ngram", f"An old favourite. {BENCH[2]} Explain in detail, and generalise if you can do so."),
-    (
-        "jaccard",
-        BENCH[1].replace("and a second", "while a second").replace("per hour. A", "an hour. A"),
-    ),
+    ("jaccard", BENCH[1].replace("and a second", "while another").replace("r. A", "r: a")),
     (
         "numbers",
         "One train departs the station moving 60 miles per hour. Some 45 minutes afterwards, one "
@@ -56,25 +53,21 @@ def test_planted_copies_are_removed_by_the_test_that_names_them(tmp_path):
     assert done.returncode == 0, done.stderr
     kept = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["kept"] for row in kept] == [9, 9]
-    removed = (tmp_path / "clean.jsonl.removed.jsonl", tmp_path / "clean.removed.jsonl")
-    path = next(path for path in removed if path.exists())
-    tests = [json.loads(line)["test"] for line in path.read_text().splitlines()]
-    assert tests == [name for name, _ in COPIES]
+    removed = (tmp_path / "clean.removed.jsonl").read_text().splitlines()
+    assert [json.loads(line)["test"] for line in removed] == [name for name, _ in COPIES]
     done = tool("decontaminate", "--dataset", mine, "--against", "nosuch", "--out", out)
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
 
 def test_the_picture_of_a_set(tmp_path):
     topics = ["Math -> Algebra -> Sums", "Math -> Algebra", "Math -> Geometry"]
-    rows = [
-        {"problem": f"{i}?", "answer": "1", "difficulty": 5 + i % 3, "topic": topics[i % 3]}
-        for i in range(12)
-    ]
+    row = {"problem": "1?", "answer": "1"}
+    rows = [{**row, "difficulty": i, "topic": topics[i % 3]} for i in range(9)]
     path = write(tmp_path / "rows.jsonl", rows)
     done = tool("dataset_stats", "--dataset", path, "--out", tmp_path / "s.png")
     assert done.returncode == 0 and (tmp_path / "s.png").read_bytes()[:4] == b"\x89PNG", done.stderr
     assert "Math -> Algebra" in done.stdout
-    bare = write(tmp_path / "bare.jsonl", [{"problem": "1?", "answer": "1"}])
+    bare = write(tmp_path / "bare.jsonl", [row])
     done = tool("dataset_stats", "--dataset", bare, "--out", tmp_path / "s.png")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
 
