@@ -11,8 +11,7 @@ Two rules make this more than string pasting:
   * Tokens in, tokens out. A trace's ids are only ever appended to, never decoded and encoded again:
     BPE is not a bijection, and grpo.py must train on exactly the context that was sampled.
   * No rounds. Any number of traces share one vLLM engine; a trace whose snippet runs is not in the
-    batch, and is added again, prompt + ids so far, the moment the output is there. vLLM's prefix
-    cache makes that nearly free.
+    batch, and comes back, prompt + ids so far, with its output: cheap, by vLLM's prefix cache.
 
     python agent.py "What is 7^222 mod 1000?"   # streams the reasoning, the snippets, their outputs
     python agent.py --n 16 "..."                # 16 traces and a vote
@@ -46,7 +45,7 @@ from grade import Grader, extract_answer, vote
 from sandbox import Result, Sandbox, SandboxError, Session
 from snippet import escape
 
-OUTPUT_TOKENS = 512  # one inserted output is cut, its middle goes, to this many tokens
+OUTPUT_TOKENS = 512  # a longer output loses its middle and keeps this many
 
 
 @dataclass
@@ -153,7 +152,7 @@ class Agent:
         try:
             while True:
                 # Start new traces where there is room. While a snippet runs, another trace decodes
-                # in its place; but each has a process in the sandbox, so there is a limit.
+                # in its place; but all of them come back, perhaps at once, so there is a limit.
                 room = open_slots - len(ready) - len(decoding)
                 if len(running) >= 4 * self.slots:
                     room = 0
@@ -284,7 +283,7 @@ class Agent:
         """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit.
 
         It is untrusted: encoded apart, so that nothing in it becomes a control token, and without
-        fences, which would end the block. SPLIT goes first, for it could hide one.
+        fences, which would end the block. SPLIT goes first: inside a fence it would hide it.
         """
         tok, trace = self.tokenizer, live.trace
         trace.calls.append((live.code, result))
@@ -339,7 +338,7 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
         if not tokenizer.chat_template and not prompt.stops:
             prompt = replace(prompt, stops=BASE_STOPS)
 
-        # The context to plan for: an engine that keeps less can hold more traces.
+        # The context to plan for: the shorter it is, the more traces fit into the engine's cache.
         prompts = [render_prompt(tokenizer, prompt, problem.question) for problem in problems]
         longest = max(map(len, prompts), default=2048)  # nobody knows what will be typed
         context = from_pretrained("AutoConfig", model).get_text_config().max_position_embeddings

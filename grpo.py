@@ -6,9 +6,9 @@ r"""GRPO from scratch: a language model learns from its own attempts when to rea
     python grpo.py --preset paper --out runs/paper  # the published recipe, on a GPU
     python grpo.py --merge runs/grpo                # runs/grpo/merged: a plain Hugging Face model
 
-One step, B problems x G traces each, N = B * G traces (`train` below is the loop over steps):
+One step, B problems x G traces each (`train` below is the loop over steps):
 
-  1. roll out   agent.py samples the N traces at temperature T(step), with the tool
+  1. roll out   agent.py samples the traces at temperature T(step), with the tool
   2. score      r = sum over --reward-weights of weight * reward
   3. update     A = how much better than its own group a trace was, for each of its tokens
                 ratio_t = pi(token t) / pi_old(token t)
@@ -21,32 +21,31 @@ One step, B problems x G traces each, N = B * G traces (`train` below is the loo
 pi is the model in training; pi_old the same before this update; pi_vLLM as vLLM computed it while
 it sampled; pi_base without the adapter. The code has their logarithms: new, old, vllm, base.
 
-    --loss-type   c_t, weight of a token of trace i    --scale-rewards   divides r - mean by
-    grpo          1 / (N * length_i)                   group             std of its group + 1e-4
-    dapo          1 / (sum of all lengths)             batch             std over the step + 1e-4
-    dr_grpo       1 / (N * max_tokens)                 none              1
+    --loss-type   c_t, weight of a token of trace i  |  --scale-rewards   divides r - mean by
+    grpo          1 / (N * length_i)                 |  group             std of its group + 1e-4
+    dapo          1 / (sum of all lengths)           |  batch             std of all r - mean + 1e-4
+    dr_grpo       1 / (N * max_tokens)               |  none              1
 
-Lengths count sampled tokens. Formulas: DeepSeekMath (arXiv 2402.03300) eq. 3 and 4, DAPO
-(2503.14476) eq. 8, 10 and 13, Dr. GRPO (2503.20783) sec. 3, LitePPO (2508.08221) for `batch`, GDPO
-(2601.05242) for normalize_then_sum; the KL term is k3 of http://joschu.net/blog/kl-approx.html.
+N traces and their lengths (sampled tokens) are those of one optimiser step. Formulas: DeepSeekMath
+(arXiv 2402.03300) eq. 3 and 4, DAPO (2503.14476) eq. 8, 10 and 13, Dr. GRPO (2503.20783) sec. 3,
+LitePPO (2508.08221), GDPO (2601.05242); the KL term is k3 of http://joschu.net/blog/kl-approx.html.
 
-A trap of small rewards: where nobody in a group is right, dividing by the group's std makes a 0.1
-for a snippet that ran as large as a 1.0 for a right answer elsewhere. `batch` and `none` do not.
+The default's trap: where nobody in a group is right, dividing by its std makes a 0.1 for a snippet
+that ran as large as a 1.0 elsewhere. `batch`, `none` and --skip-flat accuracy avoid it.
 
 Differences from the published recipe (presets/paper.toml), each with its reason:
 
-  1. top_p 1, top_k off (0.8 and 50 published): the ratio is not that of a cut distribution.
+  1. top_p 1, top_k off (0.8 and 50 published): pi is over all tokens, so sampling must be, too.
   2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
   3. "Used code" means that a snippet ran without error (published: any pair of tags, even empty).
   4. w_t corrects for the small gap between vLLM's and the trainer's probabilities, which is logged.
   5. Groups with equal rewards are not computed where there is no KL term: their gradient is 0.
   6. Adapter dropout 0 (0.1 published): the policy that is trained must be the one that sampled.
-  7. The loss is `dapo`, the mean over a step's tokens; published is `bnpo`, the mean over each
-     micro-batch of 4 traces, where a token counts more if the traces are short.
+  7. The loss is `dapo`, the mean over a step's tokens; published `bnpo`, over 4 traces at a time.
   8. The warm-up begins at lr / warm-up steps, not at 0: that step would be wasted.
   9. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
 
-As published: logits divided by the sampling temperature, KL with beta 0.04 (TRL's default then),
+As published, in preset paper: logits divided by the temperature, KL beta 0.04 (TRL's default then),
 one optimiser step per rollout, where the ratio is 1 and clipping never acts. --minibatches and
 --epochs make several; then pi_old is the trainer's before the first of them. Left out: a value
 model, a model spread over GPUs (it must fit one), full fine-tuning.
@@ -74,7 +73,7 @@ from typing import Literal
 from agent import Trace, check_flags, open_agent, trace_seed
 from cli import AgentFlags, DataFlags, UserError
 from cli import check_range, has_cuda, parse, run_main, stop_on_ctrl_c, write_log
-from data import Problem, load_problems
+from data import HAVE_TRAIN, Problem, load_problems
 from engine import Team, load_checkpoint, load_trainer, merge, micro_batches, per_token
 from engine import prepare_environment, resolve_model, save_adapter, save_checkpoint
 from engine import shared_prefix, take_rank
@@ -167,8 +166,7 @@ def set_rewards(trace: Trace, right: bool, config) -> None:
     # DAPO's soft penalty (eq. 13): 0, then down to -1 over the last fifth of max_tokens.
     penalty = -max(0.0, trace.sampled / config.max_tokens - 0.8) / 0.2
     trace.rewards = {"accuracy": float(right), "code": float(ran), "overlong": penalty}
-    weights = reward_weights(config)
-    trace.reward = sum(weight * trace.rewards[name] for name, weight in weights.items())
+    trace.reward = sum(w * trace.rewards[name] for name, w in reward_weights(config).items())
 
 
 def set_advantages(groups: Groups, config) -> None:
@@ -195,8 +193,8 @@ def set_advantages(groups: Groups, config) -> None:
         for name, weight in reward_weights(config).items():
             result += weight * scaled([trace.rewards[name] for trace in traces])
     if config.skip_flat == "accuracy":
-        flat = scaled([trace.rewards["accuracy"] for trace in traces]) == 0  # (B, G)
-        result[flat.all(1)] = 0
+        flat = [len({trace.rewards["accuracy"] for trace in group}) == 1 for group in groups]
+        result[torch.tensor(flat)] = 0
     for trace, advantage in zip(traces, result.flatten().tolist()):
         trace.advantage = advantage
 
@@ -212,7 +210,7 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     from torch.nn.utils.rnn import pad_sequence
     from torch.utils.checkpoint import checkpoint
 
-    def table(rows):  # lists of ids as (N, L), padded on the right with 0
+    def table(rows):  # lists of ids as (R, L), padded on the right with 0
         rows = [torch.tensor(row) for row in rows]
         return pad_sequence(rows, batch_first=True).to(model.device)
 
@@ -224,7 +222,7 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
     # causal, so no attention mask is needed. The decoder is the model without its head.
     decoder = model.get_base_model().get_decoder()
     output = decoder(input_ids=ids[:, P:-1], past_key_values=cache, use_cache=bool(prefix))
-    sampled = mask[:, P + 1 :] == 1  # (N, L-P-1)
+    sampled = mask[:, P + 1 :] == 1  # (R, L-P-1)
     hidden = output.last_hidden_state[sampled]  # (n, D)
     targets = ids[:, P + 1 :][sampled]  # (n,)
 
@@ -327,7 +325,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
         for p in parameters:
             team.add(p.grad)
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        if norm.isfinite():
+        if norm.isfinite():  # else the step is left out; the log's grad_norm shows it
             optimizer.step()
         norms.append(norm.item())
 
@@ -393,8 +391,7 @@ def roll_out(agent, grader, problems, n, config, team) -> Groups:
         # Other processes begin to compare the answers while other traces still decode.
         grader.submit(trace.problem.answer, trace.answer)
     for trace in traces:
-        verdict = grader(trace.problem.answer, trace.answer)
-        set_rewards(trace, verdict.equal, config)
+        set_rewards(trace, grader(trace.problem.answer, trace.answer).equal, config)
     traces = sum(team.gather(traces), [])
     traces.sort(key=lambda trace: trace.sample)
     return [traces[i : i + n] for i in range(0, len(traces), n)]
@@ -448,7 +445,8 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
 
     while True:
         # ---- evaluate: before the first step, after every --eval-every and after the last
-        if held_out and (step % config.eval_every == 0 or step == config.steps):
+        stopping = any(team.gather(bool(stop)))  # all ranks stop, or none
+        if held_out and (step % config.eval_every == 0 or step >= config.steps):
             score = evaluate_policy(agent, grader, held_out, config, team)
             print(f"step {step:3d}  held out: {score['eval']:.3f}  ({len(held_out)} problems)")
             evals[step] = score["eval"]
@@ -457,7 +455,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
                 save_adapter(model, out / "adapter")
             if first:  # last: who sees the row of the last step finds the best adapter there
                 write_log(out / "eval.jsonl", {"step": step, **score})
-        if step == config.steps or any(team.gather(bool(stop))):  # all ranks stop, or none
+        if step >= config.steps or stopping:  # a later Ctrl-C: after one more step, which saves
             break
 
         # ---- roll out and score
@@ -488,7 +486,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         report_step(row, config.steps)
         if config.wandb:
             wandb.log(row, step=step)
-        if step % config.save_every == 0 or step == config.steps or stop:
+        if step % config.save_every == 0 or step >= config.steps or stop:
             save_adapter(model, out / "last")
             state = {"step": step, "evals": evals, "adapter": [p.data for p in parameters]}
             state["optimizer"] = optimizer.state_dict()
@@ -496,7 +494,8 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
 
     # ---- the end
     if step < config.steps:
-        print(f"stopped after step {step}: go on with: python grpo.py --out {out} --resume")
+        again = f"python grpo.py --out {out} --resume --steps {config.steps}"
+        print(f"stopped after step {step}: go on with: {again}")
         return 130
     if held_out:
         print(f"held out: {evals[min(evals)]:.3f} before, {evals[best]:.3f} after step {best}")
@@ -538,7 +537,7 @@ def report_step(row, steps) -> None:
     print(f"step {row['step']:3d}/{steps}", *values, sep="  ", flush=True)
     limit = 0.1 if has_cuda() else 0.001  # what rounding explains, in bfloat16 and in float32
     if "loss" not in row:
-        print("  no gradient in this step: in every group all rewards are equal")
+        print("  no gradient in this step: every group is flat (see --skip-flat)")
     elif row["logprob_gap"] > limit:
         print(f"  warning: engine and trainer disagree by more than {limit} per token")
 
@@ -575,7 +574,7 @@ def check_config(config) -> None:
 
 def load_sets(config) -> tuple[list[Problem], list[Problem]]:
     """(training problems, held-out problems). Raises UserError where there are too few."""
-    if config.dataset == "arithmetic":
+    if config.dataset in HAVE_TRAIN:
         config.split = config.split or "train"
     problems = load_problems(config)
     if config.in_turn and not all(config.in_turn in problem.meta for problem in problems):

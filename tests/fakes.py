@@ -99,7 +99,7 @@ class FakeEngine:
         record.origin += [0] * len(inserted)
         record.seeds.append(params.seed)
         record.busy = True
-        self.names.add(name)
+        self.names, self.params = self.names | {name}, params
         stream = DecodeStream(ids=ids, skip_special_tokens=False)
         request = types.SimpleNamespace(record=record, params=params, n=0, text="", stream=stream)
         self.active[name] = request

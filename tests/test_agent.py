@@ -193,7 +193,8 @@ def loop_for(tok, scripts, flags=None, box=None, slots=64):
 
 def test_samples_of_one_problem_and_lazy_jobs(qwen):
     traces, played = play(qwen, {"a": CALL, "b": "\\boxed{1}"}, samples=3)
-    assert len(traces) == 6 and len({s for r in played.records["a"] for s in r.seeds}) == 6
+    assert len(traces) == 6 and (played.params.top_p, played.params.top_k) == (0.95, 20)
+    assert len({s for q in "ab" for r in played.records[q] for s in r.seeds}) == 9
     asked = []
 
     def jobs():
@@ -213,10 +214,11 @@ def test_samples_of_one_problem_and_lazy_jobs(qwen):
 def test_a_slow_snippet_delays_nobody(qwen):
     """The others decode while a snippet runs."""
     scripts = {"slow": CALL + "\n\\boxed{1}"} | {f"q{i}": "word " * 20 for i in range(3)}
-    ended = []
-    box = FakeBox("42", delay=0.3)
-    traces, played = play(qwen, scripts, box=box, on_event=lambda t, k, v: ended.append(k))
-    assert traces["slow"].answer == "1" and played.steps < 80
+    said = []
+    box = FakeBox("42", delay=1)
+    play(qwen, scripts, box=box, on_event=lambda t, k, v: said.append((t.problem.question, k)))
+    behind = said[said.index(("slow", "output")) :]
+    assert {question for question, _ in behind} == {"slow"}  # the others had ended by then
 
 
 @pytest.mark.parametrize("after", [0, 2])

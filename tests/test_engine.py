@@ -18,6 +18,7 @@ from agent import open_agent
 from cli import AgentFlags, UserError
 from data import Problem, problem_id, render_prompt
 from engine import adapter_config, resolve_model
+from grpo import PRESETS, sync, update
 
 QUESTIONS = ["What is 318 times 27?", "What is 2345 + 6789?", "How many primes are below 90?"]
 JOBS = [(Problem(problem_id(q), q, None), i) for q in QUESTIONS for i in range(2)]
@@ -89,36 +90,45 @@ def gap(traces, model, temperature) -> float:
 
 
 @pytest.fixture(scope="module")
-def reference():
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    folder = engine.embedded_model()
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def model(named_adapter):
+    """The trainer's model with the engine's adapter."""
+    return engine.load_trainer(PRESETS["mini"], str(engine.embedded_model()), named_adapter)
 
 
 @pytest.mark.engine
-def test_scoring_again_gives_the_sampled_logprobs(bare, raw_traces, reference):
+def test_scoring_again_gives_the_sampled_logprobs(bare, raw_traces, model):
     assert sum(0 in trace.mask for trace in raw_traces) >= 2  # behind an output too
-    assert gap(raw_traces, reference, 1.0) < 1e-3
-    assert gap(raw_traces[:2], reference, 1.1) > 0.01  # and not for just any temperature
     bare.flags = dataclasses.replace(bare.flags, temperature=0.7)
-    assert gap(rollout(bare, JOBS[:2]), reference, 0.7) < 1e-3
+    cool_traces = rollout(bare, JOBS[:2])
+    with model.disable_adapter():
+        assert gap(raw_traces, model, 1.0) < 1e-3
+        assert gap(raw_traces[:2], model, 1.1) > 0.01  # and not for just any temperature
+        assert gap(cool_traces, model, 0.7) < 1e-3
 
 
 @pytest.mark.engine
-def test_an_adapter_with_full_module_names_is_served_as_peft_computes_it(loop, named_adapter):
+def test_an_adapter_with_full_module_names_is_served_as_peft_computes_it(loop, model):
     """vLLM packs q, k, v and gate, up: with full names as its filter these lose it, silently."""
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    base = AutoModelForCausalLM.from_pretrained(engine.embedded_model(), dtype=torch.float32)
-    model = PeftModel.from_pretrained(base, named_adapter).eval()
     traces = rollout(loop, JOBS[:3])
     assert gap(traces, model, 1.0) < 1e-3
     with model.disable_adapter():
         assert gap(traces, model, 1.0) > 0.1
+
+
+@pytest.mark.engine
+def test_an_update_reaches_the_engine(loop, model, tmp_path):
+    import torch
+
+    traces = rollout(loop, JOBS[:4])
+    groups = [traces[:2], traces[2:]]
+    for good, bad in groups:
+        good.advantage, bad.advantage = 1.0, -1.0
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
+    stats = update(model, optimizer, groups, 1.0, PRESETS["mini"], engine.Team())
+    assert stats["logprob_gap"] < 1e-4  # of what the trainer computed to what came with the traces
+    assert gap(traces, model, 1.0) > 0.01  # the trainer has another policy now
+    sync(loop, model, tmp_path / "adapter", step=1)
+    assert gap(rollout(loop, JOBS[:4]), model, 1.0) < 1e-3
 
 
 @pytest.mark.engine
@@ -147,9 +157,7 @@ def test_hostile_output_in_the_real_engine(bare):
 
 @pytest.mark.engine
 def test_the_fake_engine_does_what_the_real_one_does(bare):
-    """One token a step with its logprob; a stop string's text and tokens are there; so is the
-    end's.
-    """
+    """A token a step with its logprob; a stop string's text and tokens are there, and the end's."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -184,16 +192,9 @@ def test_the_fake_engine_does_what_the_real_one_does(bare):
 @pytest.mark.slow  # with the scripted engine: test_agent.py
 def test_ctrl_c_in_the_middle_of_a_trace():
     talk = "--temperature 2 --top-k 0 --top-p 1 --few-shot none --max-tokens 3000 Count."
-    process = subprocess.Popen(
-        [sys.executable, "-u", "agent.py", "--model", "embedded", *talk.split()],
-        cwd=ROOT,
-        text=True,
-        start_new_session=True,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    command = [sys.executable, "-u", "agent.py", "--model", "embedded", *talk.split()]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=ROOT, text=True, start_new_session=True, **pipes)
     assert process.stdout.read(10)  # it speaks
     os.killpg(process.pid, signal.SIGINT)
     _, said = process.communicate(timeout=60)

@@ -198,6 +198,8 @@ def test_an_evaluation_killed_anywhere_ends_like_the_unbroken_one(tmp_path, kill
     flags = ["--n", "40", "--out", str(tmp_path / "b")]
     for _ in range(kills):
         process = scripted_evaluation(flags, slowly="0.05")
+        while kills == 3 and not (tmp_path / "b" / "traces.jsonl").exists():
+            time.sleep(0.01)
         time.sleep(rng.uniform(0.8, 3))
         process.kill()
         process.wait()

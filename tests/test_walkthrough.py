@@ -33,13 +33,9 @@ def test_the_cells_are_short_and_define_nothing_that_a_script_has():
 def test_all_cells_run(tmp_path):
     """With one step of training in place of ten; the cells' own assertions count."""
     program = "\n".join(CODE)
-    smaller = program.replace(
-        "STEPS, PROBLEMS, GROUP = 10, 2, 8", "STEPS, PROBLEMS, GROUP = 1, 1, 8"
-    )
+    smaller = program.replace("GROUP = 10, 2, 8", "GROUP = 1, 1, 8")
     assert smaller != program
-    smaller = smaller.replace(
-        "Picture(figure)", "assert Picture(figure)._repr_png_()[1:4] == b'PNG'"
-    )
+    smaller = smaller.replace("Picture(figure)", "assert b'PNG' in Picture(figure)._repr_png_()")
     (tmp_path / "cells.py").write_text(smaller)
     command = [sys.executable, str(tmp_path / "cells.py")]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
