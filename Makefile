@@ -64,7 +64,7 @@ endif
 	$(WANTED) >.venv/made-from
 
 demo: setup
-	@$(PY) agent.py --seed 0 "$$DEMO"
+	@$(PY) agent.py --model embedded --seed 0 "$$DEMO"
 
 reproduce: setup
 	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --out $(RUN)/warm
