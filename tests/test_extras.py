@@ -33,7 +33,7 @@ BENCH = [
 COPIES = [  # the test that must name it, the copy
     ("exact", r"Compute \(\frac{3}{7}+\tfrac{2}{5}\) and write the result as a common fraction!"),
     ("ngram", f"An old favourite. {BENCH[2]} Explain in detail, and generalise if you can do so."),
-    ("jaccard", BENCH[1].replace("and a second", "while another").replace("r. A", "r: a")),
+    ("jaccard", BENCH[1].replace("and a", "while a").replace("per hour. A", "an hour. A")),
     (
         "numbers",
         "One train departs the station moving 60 miles per hour. Some 45 minutes afterwards, one "
