@@ -33,7 +33,7 @@ five    = $(EVAL) $(2) --ablation --lora $(RUN)/grpo/adapter --out $(1) >/dev/nu
 
 help:
 	@echo "make demo      set up .venv, then solve: $$DEMO   (another one: make demo DEMO='...')"
-	@echo "make reproduce train the embedded model and fill the README's table: about 100 minutes; go on after a kill: the same command"
+	@echo "make reproduce train the embedded model and fill the README's table: about two hours; go on after a kill: the same command"
 	@echo "make reproduce-full   the same with 200 problems, GSM8K and SVAMP: hours"
 	@echo "make test      set up .venv, then ruff and the quick tests"
 	@echo "make test-all  the same with the slow tests"
