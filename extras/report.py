@@ -20,6 +20,7 @@ import math
 import random
 import sys
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -74,11 +75,8 @@ def majority_at(scored: Scored, k: int) -> float:
     if math.comb(n, k) > 200:
         subsets = [rng.sample(range(n), k) for _ in range(200)]
     for subset in subsets:
-        votes = [0] * len(right)
-        for i in subset:
-            if i in cluster:  # else it has no answer
-                votes[cluster[i]] += 1
-        values.append(majority(list(zip(votes, right, strict=True))))
+        votes = Counter(cluster[i] for i in subset if i in cluster)  # others have no answer
+        values.append(majority([(count, right[c]) for c, count in votes.items()]))
     return fmean(values)
 
 

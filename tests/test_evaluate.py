@@ -11,14 +11,15 @@ import zlib
 from pathlib import Path
 
 import pytest
+from test_extras import CHROMIUM, EVIL, opened
 
 import cli
 import evaluate
 from agent import Trace, check_flags
 from evaluate import majority, pass_at
+from extras.report import majority_at
 from grade import Grader
 from sandbox import Result
-from test_extras import CHROMIUM, EVIL, opened
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,6 +90,7 @@ def test_a_report_by_hand(runs):
         assert a.measures["majority@n, %"] == 100 and b.measures["majority@n, %"] == 50  # a tie
         assert a.measures["avg@n, %"] == 50 and a.measures["without an answer, %"] == 25
         assert a.measures["pass@4, %"] == 100
+        assert majority_at(a, 1) == 0.5  # which is avg@n: who has no answer does not vote
         assert c.measures["truncated, %"] == 100
         text = evaluate.report([one, two])
     lines = {line.split(" | ")[0].strip("| "): line for line in text.splitlines()}
