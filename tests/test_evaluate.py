@@ -85,8 +85,7 @@ def test_a_report_by_hand(runs):
     with Grader() as grader:
         one, two = (evaluate.load_run(folder, grader) for folder in runs)
         a, b, c = one.problems
-        right = [row["right"] for row in a.rows]
-        assert right == [True, True, False, False]  # 42 and 42.0 vote together
+        assert [row["right"] for row in a.rows] == [True, True, False, False]  # 42 and 42.0: both
         assert a.measures["majority@n, %"] == 100 and b.measures["majority@n, %"] == 50  # a tie
         assert a.measures["avg@n, %"] == 50 and a.measures["without an answer, %"] == 25
         assert a.measures["pass@4, %"] == 100
