@@ -248,8 +248,9 @@ def same_members(gold: str, answer: str) -> bool | None:
     other, answers = members(answer)
     if golds == [gold] or answers == [answer]:
         return None
-    if len(golds) != len(answers) or (kind and other and kind != other):
-        return False  # [0, 1) is not (0, 1)
+    is_interval = {kind, other} & {"[)", "(]"}
+    if len(golds) != len(answers) or (kind != other and (is_interval or (kind and other))):
+        return False  # [0, 1) is neither (0, 1) nor the list 0, 1
     one_is_named = ("=" in gold) != ("=" in answer)
     if {kind, other} - {"", "{}"} or one_is_named:
         return all(map(same, golds, answers))

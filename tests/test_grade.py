@@ -69,6 +69,7 @@ PAIRS = [  # gold, answer, equal
     ("1, 2", "2, 1", True),
     ("2, 3, 3", "2, 2, 3", False),
     ("[0, 1)", "[0, 1]", False),
+    ("[0, 1)", "0, 1", False),
     (r"[0, \infty)", r"x \ge 0", True),
     ("5", "x = 5", True),
     ("5 cm", "5", True),

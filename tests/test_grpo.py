@@ -21,6 +21,7 @@ from unittest.mock import Mock
 import pytest
 
 import cli
+import data
 import engine
 import grpo
 from agent import Trace
@@ -552,6 +553,14 @@ def test_what_cannot_work_is_refused(tiny_folder, tmp_path):
     with pytest.raises(UserError, match="damaged"):
         run(out, "--resume", "--steps", "4")
     assert sorted(path.name for path in out.rglob("*")) == before  # nothing begins anew
+
+
+@pytest.mark.parametrize("name, split", [("gsm8k", "train"), ("svamp", "train"), ("amc23", "test")])
+def test_a_set_is_trained_on_by_its_training_split(name, split, monkeypatch):
+    read = Mock(return_value=[{"question": "1 + 1?", "answer": "2"}])
+    monkeypatch.setattr(data, "read_rows", read)
+    grpo.load_sets(Config(dataset=name, problems=1, eval_every=0))
+    assert read.call_args.args[1] == split
 
 
 def test_steps_without_a_gradient_and_gaps_are_reported(tiny_folder, tmp_path, capsys, monkeypatch):
