@@ -53,11 +53,11 @@ class Trace:
     """One attempt at one problem; ids, mask and logprobs are of the T tokens after the prompt."""
 
     problem: Problem
-    sample: int  # which attempt: 0, 1, ...
+    sample: int  # which attempt; in training numbered through the whole step
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)  # exactly as sampled or inserted
     mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = inserted output
-    logprobs: list[float] = field(default_factory=list)  # of what was sampled from; 0.0 at mask 0
+    logprobs: list[float] = field(default_factory=list)  # vLLM's, after temperature; 0.0 at mask 0
     calls: list[tuple[str, Result]] = field(default_factory=list)  # (code, its result)
     finish: str = ""  # answer | eos | max_tokens | context | max_calls | error
     # the text in parts: at even places what the model wrote, at odd ones outputs
@@ -283,7 +283,7 @@ class Agent:
         """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit.
 
         It is untrusted: encoded apart, so that nothing in it becomes a control token, and without
-        fences, which would end the block. SPLIT goes first: inside a fence it would hide it.
+        fences, which would end the block. SPLIT goes first: between two backticks it hides a fence.
         """
         tok, trace = self.tokenizer, live.trace
         trace.calls.append((live.code, result))

@@ -54,7 +54,7 @@ def run_main(main) -> None:
 
 
 def parse(flags: type, **options):
-    """The command line as a dataclass `flags`; of tyro's box around a mistake one line is left."""
+    """The command line as a dataclass `flags`; a mistake is one line, not tyro's box."""
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

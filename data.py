@@ -122,7 +122,7 @@ def read_file(path: Path) -> list[dict]:
 
 
 def to_problem(row: dict, name: str, flags: DataFlags, need_answer: bool) -> Problem:
-    # Dates and pictures become text, half a character of UTF-16 a question mark.
+    # Dates and pictures become text; half a character of UTF-16 becomes a question mark.
     plain = json.dumps(row, default=str, ensure_ascii=False)
     meta = json.loads(plain.encode("utf-8", "replace"))
     question = take(meta, flags.question_key, QUESTION_KEYS)
@@ -258,7 +258,7 @@ def disarm(tokenizer, text: str) -> str:
     """
     tokens = tokenizer.added_tokens_decoder.values()
     names = "|".join(re.escape(str(token)) for token in tokens)
-    first_character = f"(?={names})."  # of each one where names overlap
+    first_character = f"(?={names})."  # a look-ahead: overlapping names are all cut
     return re.sub(first_character, rf"\g<0>{SPLIT}", text.replace(SPLIT, ""), flags=re.DOTALL)
 
 

@@ -369,16 +369,16 @@ def micro_batches(traces: list, budget: int) -> list[list]:
 def shared_prefix(model, prompts: list[list[int]]):
     """Compute the P tokens that all prompts begin with once for all micro-batches.
 
-    Most of a prompt is solved examples. Yields a function of N: (P, the cache of N traces), whose
-    gradients add up and go back through the prefix once, at the end. Yields None where a cache
-    would be wrong: gradient checkpointing drops it without a word, a sliding window forgets it.
+    Most of a prompt is solved examples. Yields a function of N: (P, the cache of N traces). Their
+    backward passes gather gradients in the cache, and one at the end takes them through the prefix.
+    Yields None where a cache is wrong: checkpointing drops it silently, a sliding window forgets.
     """
     import torch
     from transformers import DynamicCache
 
     base = model.get_base_model()
     layers = getattr(base.config.get_text_config(), "layer_types", None) or ["full_attention"]
-    ids = os.path.commonprefix(prompts)[:-1]  # the rest begins with a token that predicts
+    ids = os.path.commonprefix(prompts)[:-1]  # a prompt's last token predicts: it is not cached
     if not ids or base.is_gradient_checkpointing or set(layers) != {"full_attention"}:
         yield None
         return
@@ -399,7 +399,7 @@ def shared_prefix(model, prompts: list[list[int]]):
     tensors = sum(pairs, ())
     for tensor in tensors:
         tensor.requires_grad_()
-    yield expand
+    yield expand  # then the prefix again, with a graph: backward from the gathered gradients
     torch.autograd.backward(sum(compute(), ()), [tensor.grad for tensor in tensors])
 
 

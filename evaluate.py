@@ -14,7 +14,7 @@ Verdicts are made anew by grade.py for every report. From n traces of each probl
                  (self-consistency, Wang et al. 2022, arXiv 2203.11171). Traces without an answer
                  do not vote. A tie has its expected value: 0.5 if one of two leaders is right.
     avg@n        share of right traces, an estimate of pass@1
-    pass@k       chance that one of k traces or more is right, without bias from n >= k of them
+    pass@k       chance that at least one of k traces is right, without bias from n >= k of them
                  (Chen et al. 2021, arXiv 2107.03374, eq. 1)
     tokens       of a trace: those that the model wrote; `all tokens` has inserted outputs too
     [low, high]  95 % interval by bootstrap over problems (Efron 1979, percentiles). Two runs are

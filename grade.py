@@ -226,7 +226,7 @@ def same_measure(gold: str, answer: str) -> bool | None:
         return None
     if unit and other and unit != other:
         return False
-    return same(x, y) or None
+    return same(x, y) or None  # not False: the rules below may still say yes
 
 
 def split_unit(text: str) -> tuple[str, str]:
@@ -397,7 +397,7 @@ def work() -> None:
 
 # ---- Votes
 class Vote(NamedTuple):
-    winner: str | None  # of a tie, the answer that was sampled first
+    winner: str | None  # the first sampled of a tie; evaluate.py takes a tie's expected value
     clusters: list[tuple[str, int, list[int]]]  # (first answer, votes, indices), most votes first
 
 

@@ -10,9 +10,9 @@ One step, B problems x G traces each (`train` below is the loop over steps):
 
   1. roll out   agent.py samples the traces at temperature T(step), with the tool
   2. score      r = sum over --reward-weights of weight * reward
-  3. update     A = how much better than its own group a trace was, for each of its tokens
+  3. update     A = (r - mean r of its group) / scale, the same for all tokens of a trace
                 ratio_t = pi(token t) / pi_old(token t)
-                w_t = min(pi_old / pi_vLLM, --tis-cap), a constant (truncated importance sampling)
+                w_t = min(pi_old / pi_vLLM, --tis-cap), no gradient: vLLM drew the token, not pi_old
                 kl_t = q - log q - 1,  q = pi_base / pi
                 L = sum over all sampled tokens of
                     c_t (kl_beta kl_t - w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A))
@@ -21,9 +21,9 @@ One step, B problems x G traces each (`train` below is the loop over steps):
 pi is the model in training; pi_old the same before this update; pi_vLLM as vLLM computed it while
 it sampled; pi_base without the adapter. The code has their logarithms: new, old, vllm, base.
 
-    --loss-type   c_t, weight of a token of trace i  |  --scale-rewards   divides r - mean by
-    grpo          1 / (N * length_i)                 |  group             std of its group + 1e-4
-    dapo          1 / (sum of all lengths)           |  batch             std of all r - mean + 1e-4
+    --loss-type   c_t, weight of a token of trace i  |  --scale-rewards   scale
+    grpo          1 / (N * length_i)                 |  group             std(r of its group) + 1e-4
+    dapo          1 / (sum of all lengths)           |  batch             std(all r - mean) + 1e-4
     dr_grpo       1 / (N * max_tokens)               |  none              1
 
 N traces and their lengths (sampled tokens) are those of one optimiser step. Formulas: DeepSeekMath
@@ -31,9 +31,9 @@ N traces and their lengths (sampled tokens) are those of one optimiser step. For
 LitePPO (2508.08221), GDPO (2601.05242); the KL term is k3 of http://joschu.net/blog/kl-approx.html.
 
 The default's trap: where nobody in a group is right, dividing by its std makes a 0.1 for a snippet
-that ran as large as a 1.0 elsewhere. `batch`, `none` and --skip-flat accuracy avoid it.
+that ran as large as a 1.0 elsewhere. `batch`, `none` or --skip-flat accuracy helps (see Makefile).
 
-Differences from the published recipe (presets/paper.toml), each with its reason:
+Differences from the published recipe (presets/paper.toml):
 
   1. top_p 1, top_k off (0.8 and 50 published): pi is over all tokens, so sampling must be, too.
   2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
@@ -41,14 +41,14 @@ Differences from the published recipe (presets/paper.toml), each with its reason
   4. w_t corrects for the small gap between vLLM's and the trainer's probabilities, which is logged.
   5. Groups with equal rewards are not computed where there is no KL term: their gradient is 0.
   6. Adapter dropout 0 (0.1 published): the policy that is trained must be the one that sampled.
-  7. The loss is `dapo`, the mean over a step's tokens; published `bnpo`, over 4 traces at a time.
+  7. The loss is `dapo`, one mean over a step's tokens; published `bnpo`, a mean for every 4 traces.
   8. The warm-up begins at lr / warm-up steps, not at 0: that step would be wasted.
   9. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
 
-As published, in preset paper: logits divided by the temperature, KL beta 0.04 (TRL's default then),
-one optimiser step per rollout, where the ratio is 1 and clipping never acts. --minibatches and
---epochs make several; then pi_old is the trainer's before the first of them. Left out: a value
-model, a model spread over GPUs (it must fit one), full fine-tuning.
+As published: logits divided by the temperature; one optimiser step per rollout, where ratio is 1
+and clipping never acts; in preset paper KL beta 0.04 (TRL's default then). --minibatches and
+--epochs give several steps; then pi_old is the trainer's before the first. Left out: a value model,
+a model spread over GPUs (it must fit one), full fine-tuning.
 
 OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of each step, token by token)
       checkpoint.pt  last/ (PEFT adapter of the last step)  adapter/ (the best in evaluation)
@@ -110,7 +110,7 @@ class Config(DataFlags, AgentFlags):
     reward_aggregation: Literal["sum_then_normalize", "normalize_then_sum"] = "sum_then_normalize"
     """Scale the weighted sum of the rewards, or each reward by itself before the sum (GDPO)."""
     scale_rewards: Literal["group", "batch", "none"] = "group"  # what divides r - mean
-    skip_flat: Literal["reward", "accuracy"] = "reward"  # leave out groups in which this is equal
+    skip_flat: Literal["reward", "accuracy"] = "reward"  # leave out groups where all have the same
     # the loss
     loss_type: Literal["grpo", "dapo", "dr_grpo"] = "dapo"  # what one token weighs
     epsilon_low: float = 0.2  # the ratio is clipped below 1 - this
@@ -313,8 +313,8 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
                 loss.sum().backward()
 
                 sums["tokens"] += len(new)
-                sums["loss"] += loss.double().sum().item()
-                sums["entropy"] -= old.sum().item()
+                sums["loss"] += loss.double().sum().item()  # about 0: advantages cancel
+                sums["entropy"] -= old.sum().item()  # the mean of -log pi estimates it
                 sums["logprob_gap"] += (old - vllm).abs().sum().item()
                 sums["clip_fraction"] += clip_acts.sum().item()
                 sums["kl"] += kl.double().sum().item()
@@ -366,12 +366,12 @@ def schedules(step, config) -> tuple[float, float]:
 def shuffled(problems: list[Problem], seed, config) -> list[Problem]:
     """In random order; with --in-turn the first of each kind, then the second of each, ..."""
     order = random.Random(seed).sample(problems, len(problems))
-    nth = defaultdict(count)  # counts each kind; without --in-turn all are of one kind
+    nth = defaultdict(count)  # numbers each kind's problems; without --in-turn there is one kind
     return sorted(order, key=lambda problem: next(nth[problem.meta.get(config.in_turn)]))
 
 
 def problems_at(step, problems: list[Problem], config) -> list[Problem]:
-    """The B problems of a step, from one shuffled pass over all of them after another."""
+    """The B problems of a step: one shuffled pass over all of them, then another, ..."""
     B = config.problems
     lap, place = divmod(step, len(problems) // B)  # the last problems of a pass may be left out
     return shuffled(problems, f"{config.seed}/{lap}", config)[place * B : (place + 1) * B]
@@ -453,9 +453,9 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             best = max(evals, key=evals.get)  # of equal ones the first
             if first and step == best:
                 save_adapter(model, out / "adapter")
-            if first:  # last: who sees the row of the last step finds the best adapter there
+            if first:  # written last: once this row is there, so is the best adapter
                 write_log(out / "eval.jsonl", {"step": step, **score})
-        if step >= config.steps or stopping:  # a later Ctrl-C: after one more step, which saves
+        if step >= config.steps or stopping:  # Ctrl-C since then: one more step, which saves
             break
 
         # ---- roll out and score
@@ -506,7 +506,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
 
 
 def averages(groups: Groups) -> dict:
-    """Means over all traces of a step, those that the update leaves out too."""
+    """Means over all traces of a step, also those that the update leaves out."""
     traces = sum(groups, [])
     return {
         "reward": fmean(trace.reward for trace in traces),

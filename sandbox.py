@@ -122,10 +122,10 @@ class Session:
         return replace(result, output=note + result.output)
 
     def prepare(self) -> str:
-        """See to a process that holds this trace's variables. Returns what to say if some are lost.
+        """Make sure that a process holds this trace's variables. Returns a note if some are lost.
 
-        In a replay a snippet gets twice the time that it took. Where one ends otherwise than it
-        did, those before it are replayed once more; where that fails, none.
+        A replayed snippet gets twice its first time. If one ends differently now, a new process
+        replays only those before it; if that fails too, none is kept.
         """
         note = ""
         while self.process is None or not self.process.is_idle():
@@ -265,7 +265,7 @@ class Process:
         self.events.register(self.control, select.POLLIN)
 
     def run(self, code: str, seconds: float, closed: threading.Event) -> Result:
-        """Send a snippet; empty the pipe by the clock (a flood then costs nothing) until it ends.
+        """Send a snippet; read its output at each tick (so a flood costs nothing) until it ends.
 
         Unless it ended by itself, the process is dead afterwards.
         """
@@ -419,7 +419,7 @@ def libc_call(name: str, *args) -> int:
 
 
 def rlimits() -> str:
-    """Hard = soft, so that nothing can be raised again. Above the zygote's own mappings: memory."""
+    """Hard = soft: nothing can be raised again. Memory counts above what the zygote has mapped."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limits = {"AS": mapped + MEMORY_BYTES, "STACK": 64 << 20, "NOFILE": 16}
     limits |= dict.fromkeys(("FSIZE", "CORE", "MEMLOCK", "NPROC"), 0)
@@ -513,7 +513,7 @@ def seccomp_filter(machine: str) -> bytes:
     LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
     KILL, ALLOW, EPERM = 0x80000000, 0x7FFF0000, 0x50001
     program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
-    program.append((LOAD, 0, 0, 0))
+    program.append((LOAD, 0, 0, 0))  # at 0 is the call's number, at 16 + 8 i its argument i
     for name, *numbers in re.findall(r"(\w+) (\d+) (\d+)", SYSCALLS):
         body = []
         for argument, bits, values in CHECKS.get(name, []):

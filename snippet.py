@@ -148,7 +148,7 @@ def serve(guarded: bool) -> None:
 def run(code: str, number: int, namespace: dict) -> str:
     """Run a snippet and write all it has to say to descriptor 1; its number seeds what is random.
 
-    So a replay repeats them. Returns ok, error, blocked (here or by the kernel) or memory.
+    So a replay repeats what it drew. Returns ok, error, blocked (here or by the kernel) or memory.
     """
     filename = f"<snippet {number}>"
     # Line by line, so that a stopped snippet's output is not lost.
