@@ -67,7 +67,7 @@ demo: setup
 	@$(PY) agent.py --model embedded --seed 0 "$$DEMO"
 
 reproduce: setup
-	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --out $(RUN)/warm
+	@test -d $(RUN)/warm/adapter || $(PY) extras/warm_start.py --model embedded --lr 4e-4 --out $(RUN)/warm
 	@grep -qs '"step": $(STEPS),' $(RUN)/grpo/eval.jsonl || $(PY) grpo.py --preset mini --out $(RUN)/grpo --steps $(STEPS) $(GRPO) $(if $(wildcard $(RUN)/grpo/config.json),--resume,--lora $(RUN)/warm/adapter)
 	@$(call five,$(RUN)/table,--model embedded --dataset arithmetic --limit 64)
 

@@ -279,14 +279,9 @@ def load_trainer(config, folder: str, adapter: str | None):
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
-        lora = LoraConfig(
-            r=config.lora_rank,
-            lora_alpha=config.lora_alpha,
-            use_rslora=config.rslora,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        model = get_peft_model(base, lora)
+        scale = {"lora_alpha": config.lora_alpha, "use_rslora": config.rslora}
+        kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+        model = get_peft_model(base, LoraConfig(r=config.lora_rank, **scale, **kind))
     named = EMBEDDED_HUB if config.model == "embedded" else folder  # what --merge will need
     model.peft_config["default"].base_model_name_or_path = named
     model.eval()  # no dropout: the policy that is trained must be the one that has sampled
@@ -307,11 +302,11 @@ def save_adapter(model, folder: Path) -> None:
 
 def merge(run: Path) -> None:
     """Write RUN/merged, a plain model: the run's best adapter, else its last, in its base."""
-    from peft import PeftModel
-
     adapter = str(next(filter(Path.is_dir, [run / "adapter", run / "last"]), run))
     adapter_config(adapter)  # UserError where it is none
     base, _ = resolve_model(adapter, None)
+    from peft import PeftModel  # after the choice between hub and offline
+
     model = from_pretrained("AutoModelForCausalLM", base, dtype="auto")
     merged = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     merged.save_pretrained(run / "merged")
@@ -429,29 +424,33 @@ class Team:
     """The ranks of a torchrun job, or this process alone.
 
     What they exchange is small beside a rollout (traces, an adapter's gradients), so it goes
-    through main memory, between GPUs too: objects through torchrun's store, sums through gloo.
+    through main memory by gloo, between GPUs too. torchrun's store would refuse more than 8 MiB.
     """
 
     def __init__(self, rank: int = 0, size: int = 1):
         self.rank, self.size = rank, size
-        self.calls = 0  # of gather
         if size > 1:
             import torch.distributed as dist
 
             patience = timedelta(hours=6)  # torchrun ends everybody when one rank fails
             store, _, _ = next(dist.rendezvous("env://", timeout=patience))
-            self.store = dist.PrefixStore(" ".join(sys.argv), store)  # own to a row of --ablation
-            self.group = dist.ProcessGroupGloo(self.store, rank, size, patience)
+            store = dist.PrefixStore(" ".join(sys.argv), store)  # own to a row of --ablation
+            self.group = dist.ProcessGroupGloo(store, rank, size, patience)
 
     def gather(self, value) -> list:
         """The values of all ranks, in order, on every rank."""
         if self.size == 1:
             return [value]
-        self.calls += 1
-        self.store.set(f"{self.calls}/{self.rank}", pickle.dumps(value))
-        self.store.delete_key(f"{self.calls - 2}/{self.rank}")  # everybody has read it
-        names = [f"{self.calls}/{rank}" for rank in range(self.size)]
-        return [pickle.loads(self.store.get(name)) for name in names]
+        import torch
+
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+        sizes = torch.zeros(self.size, dtype=torch.int64)
+        sizes[self.rank] = len(data)
+        self.add(sizes)
+        table = torch.zeros(self.size, sizes.max(), dtype=torch.uint8)  # all zeros but for my row
+        table[self.rank, : len(data)] = data
+        self.add(table)
+        return [pickle.loads(row.numpy()) for row in table]
 
     def add(self, tensor) -> None:
         """Sum over the ranks, in place, on every rank."""

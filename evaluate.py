@@ -323,8 +323,8 @@ def ablation(flags: Flags) -> None:
     if trained == base:
         raise UserError("--ablation needs a trained model: give its --lora, or its --base-model")
     rows = {
-        "Baseline": ["--no-agent", *base],
-        "+ GRPO": ["--no-agent", *trained],
+        "Baseline": ["--no-agent", "--prompt", "chat", *base],
+        "+ GRPO": ["--no-agent", "--prompt", "chat", *trained],
         "+ Agent": ["--agent", *base],
         "DeepMath": ["--agent", *trained],
     }

@@ -1,6 +1,6 @@
 r"""GRPO from scratch: a language model learns from its own attempts when to reach for Python.
 
-    python grpo.py                                  # the embedded model on arithmetic (preset mini)
+    python grpo.py                                  # without a GPU: preset mini, the embedded model
     python grpo.py --out runs/grpo --resume         # go on after Ctrl-C, kill -9 or a power cut
     python grpo.py --no-agent --out runs/plain      # the same training for plain reasoning, no tool
     python grpo.py --preset paper --out runs/paper  # the published recipe, on a GPU

@@ -46,7 +46,7 @@ def draw(histogram: Counter, paths: list[tuple[str, ...]], title: str, out: str)
     # Larger slices first, and a slice inside its parent.
     counts = Counter(path[:d] for path in paths for d in range(1, len(path) + 1))
     paths = sorted(paths, key=lambda p: [(-counts[p[: d + 1]], p[d]) for d in range(len(p))])
-    depth = min(3, max(map(len, paths), default=1))
+    depth = min(3, max(map(len, paths), default=0))
     palette, colours = matplotlib.colormaps["Set3"].colors, {}  # light: names are written on them
     for d in range(1, depth + 1):
         names, sizes, fills = [], [], []

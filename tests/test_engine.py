@@ -248,9 +248,11 @@ def test_a_problem_longer_than_the_context_is_one_line(monkeypatch):
             pass
 
 
-def test_a_rank_keeps_to_its_share_of_the_cores():
-    code = "import os, engine; print(engine.take_rank(), len(os.sched_getaffinity(0)))"
-    ranks = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
-    command = [sys.executable, "-c", code]
-    said = subprocess.check_output(command, cwd=ROOT, env={**os.environ, **ranks}, text=True)
-    assert said.split() == ["(1,", "2)", str(max(1, len(os.sched_getaffinity(0)) // 2))]
+def test_ranks_share_the_cores_and_exchange_what_is_large():
+    code = "import os, engine; team = engine.Team(*engine.take_rank())\n"
+    code += "row = (len(os.sched_getaffinity(0)), bytes(9 << 20)); found = team.gather(row)\n"
+    code += "team.rank and print([cores for cores, _ in found])"
+    command = "-m torch.distributed.run --standalone --nproc-per-node=2 --no-python".split()
+    command = [sys.executable, *command, sys.executable, "-c", code]
+    said, n = subprocess.check_output(command, cwd=ROOT, text=True), len(os.sched_getaffinity(0))
+    assert said == f"[{(n + 1) // 2}, {max(1, n // 2)}]\n"

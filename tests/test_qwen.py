@@ -76,7 +76,7 @@ def test_merge_and_the_four_rows_with_a_base_model(trained, small_qwen, tmp_path
     command("grpo.py", "--merge", trained)
     flags = ["--model", trained / "merged", "--base-model", small_qwen, "--n", 2, *SHORT]
     flags += ["--dataset", small_qwen / "rows.jsonl", "--out", tmp_path / "rows"]
-    said = command("evaluate.py", "--ablation", *flags)
+    said = command("evaluate.py", "--ablation", "--prompt", "agent", *flags)  # for two of them
     (majority,) = [line for line in said.splitlines() if line.startswith("| majority@n")]
     assert majority.count("100.0 [100.0, 100.0]") == 4
     for row, calls in (("baseline", 0), ("grpo", 0), ("agent", 1), ("deepmath", 1)):
