@@ -20,7 +20,7 @@ ROWS   := baseline grpo agent warm-start deepmath
 comma  := ,
 STEPS  := 32
 GRPO   := --in-turn family --problems 15 --group 8 --loss-type grpo --scale-rewards none --skip-flat accuracy \
-          --lr 3e-4 --lr-schedule cosine --warmup 0.1 --max-tokens 128 --temperature 0.8 --batch 128 \
+          --lr 3e-4 --lr-schedule cosine --warmup 0.125 --max-tokens 128 --temperature 0.8 --batch 128 \
           --eval-problems 45 --eval-every 8
 GSM8K  ?= gsm8k
 SVAMP  ?= svamp

@@ -1,6 +1,6 @@
 """A short supervised stage before GRPO: the model reads worked solutions until it imitates them.
 
-    python extras/warm_start.py --out runs/warm        # 200 of arithmetic's own solutions
+    python extras/warm_start.py --out runs/warm        # 160 of arithmetic's own solutions
     python extras/warm_start.py --dataset deepmath-103k --no-agent --max-tokens 7000
     python grpo.py --lora runs/warm/adapter
 
@@ -67,7 +67,7 @@ def read_traces(flags: Flags, tokenizer, prompt, context: int) -> list[Trace]:
     if flags.dataset in HAVE_TRAIN:
         flags.split = flags.split or "train"
     if flags.dataset == "arithmetic":
-        flags.limit = flags.limit or 200
+        flags.limit = flags.limit or 160
     problems = load_problems(flags)
     names = [flags.solution_key] if flags.solution_key else SOLUTION_KEYS
     key = next((name for name in names if name in problems[0].meta), None)
