@@ -77,7 +77,7 @@ reproduce-full: reproduce
 
 test: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(PY) -m pytest -q -rs -m "not slow" -n 2 --dist loadgroup
+	$(PY) -m pytest -q -rs -m "not slow"
 
 test-all: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .

@@ -20,7 +20,6 @@ from data import Problem, problem_id, render_prompt
 from engine import adapter_config, resolve_model
 from grpo import PRESETS, sync, update
 
-pytestmark = pytest.mark.xdist_group("engine")  # of `make test`'s two processes one starts it
 QUESTIONS = ["What is 318 times 27?", "What is 2345 + 6789?", "How many primes are below 90?"]
 JOBS = [(Problem(problem_id(q), q, None), i) for q in QUESTIONS for i in range(2)]
 RAW = AgentFlags(model="embedded", lora="none", temperature=1, top_p=1, top_k=0, max_tokens=64)
