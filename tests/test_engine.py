@@ -249,9 +249,9 @@ def test_a_problem_longer_than_the_context_is_one_line(monkeypatch):
 
 def test_ranks_share_the_cores_and_exchange_what_is_large():
     code = "import os, engine; team = engine.Team(*engine.take_rank())\n"
-    code += "row = (len(os.sched_getaffinity(0)), bytes(9 << 20)); found = team.gather(row)\n"
-    code += "team.rank and print([cores for cores, _ in found])"
+    code += "row = (len(os.sched_getaffinity(0)), bytes(9 + team.rank << 20))\n"
+    code += "found = [(n, len(b) >> 20) for n, b in team.gather(row)]; team.rank and print(found)"
     command = "-m torch.distributed.run --standalone --nproc-per-node=2 --no-python".split()
     command = [sys.executable, *command, sys.executable, "-c", code]
     said, n = subprocess.check_output(command, cwd=ROOT, text=True), len(os.sched_getaffinity(0))
-    assert said == f"[{(n + 1) // 2}, {max(1, n // 2)}]\n"
+    assert said == f"[({(n + 1) // 2}, 9), ({max(1, n // 2)}, 10)]\n"

@@ -57,6 +57,7 @@ PAIRS = [  # gold, answer, equal
     ("2^{100}", "2^{100}+1", False),
     ("2^{100}", "1267650600228229401496703205376", True),
     ("1267650600228229401496703205376", "1267650600228229401496703205377", False),
+    ("10^{30}", "10^{30}+1", False),
     (r"\sqrt{2}", r"2^{1/2}", True),
     (r"\sqrt{2}", r"\sqrt{2}+10^{-20}", False),
     (r"\sqrt{2}", "1.41421356", True),
@@ -99,6 +100,7 @@ PAIRS = [  # gold, answer, equal
     ("3", r"x \ge y = 3", False),
     ("1/7", "0.142857", True),
     ("1/7", "0.142858", False),  # cut at the sixth place it is 0.142857, and rounded as well
+    ("3", "4", False),
     ("", "4", False),
 ]
 

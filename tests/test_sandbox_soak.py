@@ -1,6 +1,5 @@
 """What takes long, part of `make test-all`: 10,000 snippets over 500 sessions, one in twenty
-hostile (every benign one right, nothing left; less than a minute on two idle cores), and a memory
-cgroup of 1.5 GB.
+hostile (every benign one right, nothing left), and a memory cgroup of 1.5 GB.
 """
 
 import os
