@@ -67,20 +67,21 @@ SPELLINGS = {
     r"\mbox": r"\text",
     r"\langle": "(",
     r"\rangle": ")",
+    r"\varnothing": r"\emptyset",
 }
 
-# Then (pattern, replacement), in this order.
+# Then (pattern, replacement), in this order. A letter in \text is a symbol, if it is no unit.
 TIDY = [
     (r"(?<=\d)\s*\\,\s*(?=\d{3}(?!\d))", ""),  # 32\,349
-    (r"(?<!\\)\\(?:[,;:]|q?quad)", " "),
+    (r"(?:(?<!\\)\\(?:[,;:]|q?quad|[bB]igg?[lrm]?(?![a-zA-Z]))|\s)+", " "),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\text\s*\{\s*degrees?\s*\}|\bdegrees?\b", "°"),
     (r"([_^])\s*(-?\d+|\w)", r"\1{\2}"),
     (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![A-Za-z])", r"\\\1 "),
-    (r"(\d\.\d*)\\overline\s*\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.1666... as a float's
+    (r"(\d\.\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.1666..., a float
     (r"^([^=\d]*)\\approx", r"\1="),  # x ≈ 5 is a value of x, 1/3 ≈ 0.33 is 1/3
-    (r"\\approx.*", ""),
-    (r"\\text\s*\{\s*\(?([A-Za-z]?)\)?\s*\}(?!\^)", r" \1"),  # one letter is a symbol
-    (r"^[ ,;:]+|[ .,;:\\]+$", ""),
+    (r"\\approx(?:(?!, |;).)*", ""),
+    (r"(?!(?<=[\d} ])\\text\s*\{ ?[mshgL] ?\})\\text\s*\{\s*\(?([A-Za-z]?)\)?\s*\}(?!\^)", r" \1"),
+    (r"^[ ,;:=]+|[ .,;:\\]+$", ""),
     (r"(?<![A-Za-z0-9,]) +| +(?![A-Za-z0-9])", ""),  # spaces that separate nothing
 ]
 
@@ -147,8 +148,7 @@ def rounds(decimal: Decimal, exact: Fraction) -> bool:
 # ---- The rules. Each takes two tidy answers: True or False is a verdict, None is «not my business»
 def same(gold: str, answer: str) -> bool:
     """Whether an answer is equivalent to the gold one. May hang or raise anything: see Grader."""
-    gold = tidy(gold)
-    answer = tidy(answer)
+    gold, answer = tidy(gold), tidy(answer)
     for rule in same_number, same_words, same_named, same_measure, same_members:
         verdict = rule(gold, answer)
         if verdict is not None:
@@ -180,17 +180,16 @@ def same_words(gold: str, answer: str) -> bool | None:
     return x == y if is_word or (x == y and has_text) else None
 
 
-# x, a_{37}, (p, q), |AB|, \overline{AB}, S:V, \Delta p: no digits and no operation.
+# x, a_{37}, f(2), f^{-1}, (p, q), |AB|, \overline{AB}, \Delta p: no other digits, no operation.
 OPERATION = r"\\(?:sin|cos|tan|log|ln|sqrt|frac|le|ge|ne|not|pm|sum|int|cdot|times)"
-NAME = rf"(?!.*{OPERATION})(?:_\{{[^{{}}]*\}}|[A-Za-z\\(),:/|{{}}° ])+"
+NAME = rf"(?!.*{OPERATION})(?:_\{{[^{{}}]*\}}|\(-?\d+\)|\^\{{-1\}}|[A-Za-z\\(),:/|{{}}° ])+"
 
 
 def same_named(gold: str, answer: str) -> bool | None:
     """`x = 5` is 5 and not `y = 5`. Other equations are formulas."""
     name, x = unname(gold)
     other, y = unname(answer)
-    is_named = name or other
-    if not is_named or "=" in x + y or (name and other and name != other):
+    if not (name or other) or "=" in x + y or (name and other and name != other):
         return None
     return same(x, y)
 
@@ -198,7 +197,7 @@ def same_named(gold: str, answer: str) -> bool | None:
 def unname(text: str) -> tuple[str, str]:
     """(name, value) of `x = 2 + 3 = 5`: ("x", "5"); ("", text) of anything else."""
     name, *values = split(text, "=")
-    is_list = len(values) > 1 and "," in text  # x = 1, y = 2
+    is_list = len(values) > 1 and re.search(r"[,;]|\d [A-Za-z]", text)  # x = 1, y = 2
     if values and not is_list and re.fullmatch(NAME, name):
         return name, values[-1]
     return "", text
@@ -251,8 +250,8 @@ def same_members(gold: str, answer: str) -> bool | None:
     is_interval = {kind, other} & {"[)", "(]"}
     if len(golds) != len(answers) or (kind != other and (is_interval or (kind and other))):
         return False  # [0, 1) is neither (0, 1) nor the list 0, 1
-    one_is_named = ("=" in gold) != ("=" in answer)
-    if {kind, other} - {"", "{}"} or one_is_named:
+    names = {unname(part)[0] for part in golds + answers}  # without one, what tells x from y?
+    if {kind, other} - {"", "{}"} or ("" in names and len(names) > 2):
         return all(map(same, golds, answers))
     for part in golds:
         match = next((other for other in answers if same(part, other)), None)
@@ -270,6 +269,8 @@ def members(text: str) -> tuple[str, list[str]]:
         brackets = inner[0] + inner[-1]
         inner = inner[1:-1]
     parts = split(inner, ",;")
+    if brackets in ("", "{}"):  # 1 \pm 2 is two members
+        parts = [p.replace("\\pm", s) for p in parts for s in ("+-" if "\\pm" in p else "+")]
     if len(parts) == 1 and brackets != "{}":
         return "", [text]
     return brackets, parts
@@ -281,9 +282,8 @@ def same_formula(gold: str, answer: str) -> bool:
     import sympy
     from math_verify import verify
 
-    x = formula(gold)
-    y = formula(answer)
-    if isinstance(x, sympy.Expr) != isinstance(y, sympy.Expr):
+    x, y = formula(gold), formula(answer)
+    if isinstance(x, sympy.Expr | sympy.MatrixBase) != isinstance(y, sympy.Expr | sympy.MatrixBase):
         return False  # an equation or a set is no value
     for text, value in (gold, y), (answer, x):
         decimal = number(text)
@@ -291,6 +291,8 @@ def same_formula(gold: str, answer: str) -> bool:
             exact = Fraction(str(value.evalf(40)))
             if rounds(decimal, exact):
                 return True
+    if isinstance(x, sympy.Expr) and x.is_rational and y.is_rational:
+        x, y = x.doit(), y.doit()  # fractions, which it compares exactly: else 1/52! counts as 0
     # There are no floats left that it would round, and other numbers it compares to 60 digits.
     return verify(x, y, numeric_precision=60, allow_set_relation_comp=True, timeout_seconds=None)
 
@@ -300,10 +302,10 @@ def formula(text: str):
     import sympy
     from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy
 
-    if re.search(r"[\d.] +[\d.]|\d_", text):  # it would add the two, and not see the base
-        raise ValueError("two numbers side by side, or a number base")
+    if re.search(r"[\d.] +[\d.]|\d_|:.*:", text):  # it would misread all of them
+        raise ValueError("two numbers side by side, a number base or a ratio of three")
     text = text.replace("°", r"\cdot \frac{\pi}{180}")
-    text = re.sub(r"([\d)]|\\binom\{\d+\}\{\d+\})(?=\(\d|\\binom)", r"\1\\cdot ", text)  # not +
+    text = re.sub(r"([\d)]|\\binom\{\d+\}\{\d+\})(?=\((?:\d|\\frac)|\\binom)", r"\1\\cdot ", text)
     config = ConversionConfig(lowercase_symbols=False)
     found = latex2sympy(text, normalization_config=None, conversion_config=config)
     exact = {value: sympy.Rational(str(value)) for value in found.atoms(sympy.Float)}

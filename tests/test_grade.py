@@ -1,6 +1,7 @@
 """Grading: boxes, verdicts against labelled cases, workers that die, votes, the command."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -48,66 +49,12 @@ def test_a_model_that_loops_costs_no_time():
 
 
 # ---- Verdicts
-PAIRS = [  # gold, answer, equal
-    ("42", "42.0", True),
-    ("1,234", "1234", True),
-    ("1/2", r"\frac12", True),
-    ("0.5", r"\frac{1}{2}", True),
-    (r"\frac{1}{3}", "0.33", False),
-    ("2^{100}", "2^{100}+1", False),
-    ("2^{100}", "1267650600228229401496703205376", True),
-    ("1267650600228229401496703205376", "1267650600228229401496703205377", False),
-    ("10^{30}", "10^{30}+1", False),
-    (r"\sqrt{2}", r"2^{1/2}", True),
-    (r"\sqrt{2}", r"\sqrt{2}+10^{-20}", False),
-    (r"\sqrt{2}", "1.41421356", True),
-    (r"\sqrt{2}", "1.4142138", False),
-    ("x^2 + 2x + 1", "(x+1)^2", True),
-    ("x + 1", "x + 2", False),
-    ("(1, 2)", "(2, 1)", False),
-    (r"\{1, 2\}", r"\{2, 1\}", True),
-    ("1, 2", "2, 1", True),
-    ("2, 3, 3", "2, 2, 3", False),
-    ("[0, 1)", "[0, 1]", False),
-    ("[0, 1)", "0, 1", False),
-    (r"[0, \infty)", r"x \ge 0", True),
-    ("5", "x = 5", True),
-    ("5 cm", "5", True),
-    (r"90^\circ", "90", True),
-    (r"\text{Evelyn}", "evelyn", True),
-    (r"\{0, 1\}", "(0, 1)", False),
-    (r"\frac{1}{23}\text{ cm}", r"\frac{12}{3}\text{ cm}", False),
-    (r"\text{AC, B}", r"\text{A, CB}", False),
-    (r"\$5", r"5 \text{ dollars}", True),
-    (r"\$5", "5 cents", False),
-    (r"5\%", "5 cm", False),
-    (r"5\text{ cm}^2", "5 cm", False),
-    ("5 cm^2", r"5\text{ square centimeters}", True),
-    ("5xy^2", "5x", False),
-    (r"5 \text{ miles per minute}", r"5 \text{ minutes per mile}", False),
-    (r"4:30 \text{ p.m.}", r"4:30 \text{ a.m.}", False),
-    (r"7", r"7\text{ remainder 2}", False),
-    (r"5\text{ km north}", r"5\text{ km south}", False),
-    (r"(n-1)!\text{ ways}", r"(n-1)\text{ ways}", False),
-    ("12", r"2\binom{4}{2}", True),
-    ("5", "2(3)", False),
-    (r"2\sqrt{3}", "√12", True),
-    ("9007199254740993", "9007199254740992.0", False),
-    (r"25\%", r"\frac{1}{4}", True),
-    (r"50\%", r"0.5\%", False),
-    (r"\cos 60^\circ", r"\cos 60", False),
-    ("2", r"\ln x = 2", False),
-    ("3", r"x \ge y = 3", False),
-    ("1/7", "0.142857", True),
-    ("1/7", "0.142858", False),  # cut at the sixth place it is 0.142857, and rounded as well
-    ("3", "4", False),
-    ("", "4", False),
-]
+PAIRS = re.findall("(?m)^(.+?)  ([!=]=)  (.+)$", (ROOT / "tests" / "pairs.txt").read_text())
 
 
-@pytest.mark.parametrize(("gold", "answer", "equal"), PAIRS)
-def test_pairs(grader, gold, answer, equal):
-    assert grader(gold, answer).equal is equal
+@pytest.mark.parametrize(("gold", "verdict", "answer"), PAIRS)
+def test_pairs(grader, gold, verdict, answer):
+    assert grader(gold, answer).equal is (verdict == "==")
 
 
 def test_nothing_is_raised_and_no_answer_is_wrong(grader):
