@@ -104,7 +104,7 @@ LOOKALIKES |= dict(zip("−–×·“”‘’", "--**\"\"''"))
 
 
 def parse(code: str, filename: str) -> ast.Module:
-    """The tree of a snippet: as written, else without what models put around code."""
+    """The tree of a snippet: as written but for `In [1]:`, else without what surrounds it."""
     code = re.sub(r"\A\s*(?:python3?|py)[ \t]*\n", "", code)  # left over from a fence
     code = re.sub(r"(?m)^[ \t]*(?:In ?\[\d*\]|\.\.\.): ?|^Out ?\[\d*\]:.*$", "", code)
     looks = str.maketrans(LOOKALIKES)
@@ -138,19 +138,19 @@ def serve(guarded: bool) -> None:
     if guarded:
         inside["__import__"] = guarded_import
     namespace = {"__name__": "__main__", "__builtins__": inside}
+    libraries = ("random", "numpy.random", "sympy.core.random")
+    seeds = [importlib.import_module(name).seed for name in libraries]
     for number in itertools.count():
         code = os.read(3, 1 << 20).decode("utf-8", "surrogatepass")
         if not code:
             return
-        os.write(3, run(code, number, namespace).encode())
+        for seed in seeds:  # so that a replay draws the same
+            seed(number)
+        os.write(3, run(code, f"<snippet {number}>", namespace).encode())
 
 
-def run(code: str, number: int, namespace: dict) -> str:
-    """Run a snippet and write all it has to say to descriptor 1; its number seeds what is random.
-
-    So a replay repeats what it drew. Returns ok, error, blocked (here or by the kernel) or memory.
-    """
-    filename = f"<snippet {number}>"
+def run(code: str, filename: str, namespace: dict) -> str:
+    """Run a snippet; what it says goes to descriptor 1. Returns ok, error, blocked or memory."""
     # Line by line, so that a stopped snippet's output is not lost.
     out = open(1, "w", 1, encoding="utf-8", errors="backslashreplace", closefd=False)
     sys.stdout = sys.stderr = out
@@ -160,8 +160,6 @@ def run(code: str, number: int, namespace: dict) -> str:
         if tree.body and isinstance(tree.body[-1], ast.Expr):  # its value is shown
             last = compile(ast.Expression(tree.body.pop().value), filename, "eval")
         body = compile(tree, filename, "exec")
-        for name in ("random", "numpy.random", "sympy.core.random"):
-            importlib.import_module(name).seed(number)
         exec(body, namespace)
         value = eval(last, namespace) if last else None
         # As a REPL, but numbers of these libraries without their constructors.
