@@ -10,8 +10,8 @@ Two rules make this more than string pasting:
 
   * Tokens in, tokens out. A trace's ids are only ever appended to, never decoded and encoded again:
     BPE is not a bijection, and grpo.py must train on exactly the context that was sampled.
-  * No rounds. Any number of traces share one vLLM engine; a trace whose snippet runs is not in the
-    batch, and comes back, prompt + ids so far, with its output: cheap, by vLLM's prefix cache.
+  * No rounds that wait for the slowest. All traces share one vLLM engine; one whose snippet runs
+    leaves the batch and comes back, its output appended: cheap, by vLLM's prefix cache.
 
     python agent.py "What is 7^222 mod 1000?"   # streams the reasoning, the snippets, their outputs
     python agent.py --n 16 "..."                # 16 traces and a vote
@@ -57,7 +57,7 @@ class Trace:
     prompt_ids: list[int]
     ids: list[int] = field(default_factory=list)  # exactly as sampled or inserted
     mask: list[int] = field(default_factory=list)  # 1 = sampled by the model, 0 = inserted output
-    logprobs: list[float] = field(default_factory=list)  # vLLM's, after temperature; 0.0 at mask 0
+    logprobs: list[float] = field(default_factory=list)  # as vLLM sampled them; 0.0 at mask 0
     calls: list[tuple[str, Result]] = field(default_factory=list)  # (code, its result)
     finish: str = ""  # answer | eos | max_tokens | context | max_calls | error
     # the text in parts: at even places what the model wrote, at odd ones outputs
@@ -116,7 +116,7 @@ def trace_seed(seed: int, *what) -> int:
     """A seed of its own for each engine request: two of one seed would draw the same noise."""
     name = "/".join(map(str, (seed, *what)))
     digest = hashlib.sha256(name.encode()).digest()
-    return int.from_bytes(digest[:7])  # vLLM takes 63 bits
+    return int.from_bytes(digest[:7])  # 56 bits: vLLM takes 63
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Agent:
     def rollout(self, jobs: Iterable, on_event: Callable = lambda *_: None) -> Iterator[Trace]:
         """Solve every (problem, sample) of `jobs`, which may be lazy; yield each Trace as it ends.
 
-        There are no rounds. Traces are independent, and each is in exactly one of three places:
+        No trace waits for another's snippet. Each is in exactly one of three places:
 
             ready      wants tokens: it goes into the engine, or ends
             decoding   in the engine's batch, which samples one token for each trace in every step
@@ -283,7 +283,7 @@ class Agent:
         """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit.
 
         It is untrusted: encoded apart, so that nothing in it becomes a control token, and without
-        fences, which would end the block. SPLIT goes first: between two backticks it hides a fence.
+        fences, which would end the block. SPLIT (see data.py) goes first: it could hide a fence.
         """
         tok, trace = self.tokenizer, live.trace
         trace.calls.append((live.code, result))
@@ -344,18 +344,18 @@ def open_agent(flags: AgentFlags, problems: list[Problem], traces: int):
         context = from_pretrained("AutoConfig", model).get_text_config().max_position_embeddings
         if longest >= context:
             raise UserError(f"the prompt has {longest} tokens, the model reads {context}: cut it")
-        outputs = max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
-        max_len = min(context, longest + flags.max_tokens + outputs)
+        for_outputs = max(2 * OUTPUT_TOKENS, flags.max_tokens // 2) if flags.agent else 0
+        max_len = min(context, longest + flags.max_tokens + for_outputs)
 
         slots = min(flags.batch, traces)
         engine, request = load_engine(model, lora, max_len, slots, flags)
         fits = min(max_len, engine.model_config.max_model_len)
-        if fits < max_len:
-            print(f"the cache holds {fits} tokens, {max_len} were asked for", file=sys.stderr)
+        if fits < longest + flags.max_tokens:  # the model reads no more, or the cache holds no more
+            print(f"traces are cut at {fits} tokens, prompt and outputs included", file=sys.stderr)
         try:
             if box:
                 box.wait_ready()
-            yield Agent(engine, tokenizer, box, prompt, flags, fits, slots, request)
+            yield Agent(engine, tokenizer, box, prompt, flags, fits, slots, lora=request)
         except SandboxError as error:  # now, or at a later snippet
             raise UserError(str(error)) from None
 

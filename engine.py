@@ -39,10 +39,13 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
         adapter = adapter_only(model)
         if adapter:
             model = adapter_config(adapter)["base_model_name_or_path"]
-    if model == EMBEDDED_HUB:
-        model = str(embedded_model())
     if lora:
         adapter = None if lora == "none" else lora
+        base = adapter_config(lora)["base_model_name_or_path"] if adapter else None
+        if base and Path(base).name != Path(model).name:
+            print(f"warning: {lora} was trained on {base}, --model is {model}", file=sys.stderr)
+    if model == EMBEDDED_HUB:
+        model = str(embedded_model())
     return model, adapter
 
 
@@ -333,9 +336,8 @@ def load_checkpoint(path: Path) -> dict:
         return {}
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001  torch raises what it likes for a damaged file
-        remedy = "the run cannot go on; its last adapter is in last/"
-        raise UserError(f"{path} is damaged ({first_line(error)}): {remedy}") from None
+    except Exception as error:  # torch raises what it likes for a damaged file
+        raise UserError(f"{path} is damaged ({first_line(error)}); last/ has its adapter") from None
 
 
 def per_token(traces: list):
@@ -400,7 +402,7 @@ def shared_prefix(model, prompts: list[list[int]]):
 
 # ---- Ranks
 def take_rank() -> tuple[int, int]:
-    """(rank, ranks) of a torchrun job, (0, 1) without one; keeps to its GPU or share of the cores.
+    """(rank, ranks) of a torchrun job, (0, 1) without one; keeps to its GPU and share of the cores.
 
     To be called before torch is imported: torchrun leaves every rank one thread, and CUDA sees the
     devices it saw first.
@@ -412,11 +414,10 @@ def take_rank() -> tuple[int, int]:
     if has_cuda():
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[local] if visible else str(local)
-    else:
-        cores = sorted(os.sched_getaffinity(0))
-        mine = cores[local::here] or cores
-        os.sched_setaffinity(0, mine)
-        os.environ["OMP_NUM_THREADS"] = str(len(mine))
+    cores = sorted(os.sched_getaffinity(0))
+    mine = cores[local::here] or cores
+    os.sched_setaffinity(0, mine)  # the sandbox takes as many workers
+    os.environ["OMP_NUM_THREADS"] = str(len(mine))
     return rank, ranks
 
 

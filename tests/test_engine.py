@@ -217,7 +217,7 @@ def test_top_k_top_p_without_sorting_is_vllms_own(k, p):
 
 
 # ---- Names
-def test_names(tmp_path, monkeypatch):
+def test_names(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine, "embedded_model", lambda: Path("/embedded"))
     assert resolve_model("embedded", None) == ("/embedded", str(engine.ADAPTER))
     assert resolve_model("embedded", "none") == ("/embedded", None)
@@ -225,7 +225,8 @@ def test_names(tmp_path, monkeypatch):
     shutil.copytree(engine.ADAPTER, alone)
     assert resolve_model(str(alone), None) == ("/embedded", str(alone))  # its base
     (alone / "config.json").write_text("{}")
-    assert resolve_model(str(alone), None) == (str(alone), None)  # a model of its own
+    assert resolve_model(str(alone), str(engine.ADAPTER))[0] == str(alone)  # a model of its own
+    assert capsys.readouterr().err.count("was trained on") == 1
 
 
 def test_what_is_no_adapter_or_model_is_one_line(tmp_path):

@@ -133,9 +133,8 @@ def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
     monkeypatch.setattr(agent, "from_pretrained", lambda kind, _: loaded[kind])
     flags = AgentFlags(model=str(qwen_tokenizer), agent=False, max_tokens=1000, batch=256)
     with agent.open_agent(flags, [Problem("p", "1 + 1?", None)], 16) as loop:
-        assert loop.slots == asked[0][1] == 16 and asked[0][0] > 1000
-        assert loop.max_len == 300
-    assert capsys.readouterr().err.strip().startswith("the cache holds 300 tokens")
+        assert loop.slots == asked[0][1] == 16 and asked[0][0] > 1000 and loop.max_len == 300
+    assert capsys.readouterr().err.strip().startswith("traces are cut at 300 tokens")
 
 
 def test_the_adapter_travels_outside_the_run(tiny_folder, tmp_path, monkeypatch):
