@@ -103,7 +103,7 @@ def has_cuda() -> bool:
 
 @cache
 def go_offline_without_hub() -> None:
-    """Tell the Hugging Face libraries, before their import: their retries take over a minute."""
+    """Set HF_HUB_OFFLINE before any import where no hub answers: retries take over a minute."""
     import requests
 
     try:
@@ -143,7 +143,7 @@ class AgentFlags(ModelFlags):
     agent: bool = True  # with the tool; --no-agent is plain reasoning, the baseline
     prompt: str = "chat"  # `chat`, a name in prompts/, or a file with {question} in it
     few_shot: str | None = None  # turns (for small models), system, none; a file, or turns:file
-    sandbox: Literal["auto", "limits-only"] = "auto"  # limits-only: no seccomp, at your own risk
+    sandbox: Literal["auto", "limits-only"] = "auto"  # limits-only: all but seccomp, a risk
     temperature: float = 0.6  # 0 is greedy
     top_p: float = 0.95  # sample from the most likely tokens that have this probability together
     top_k: int = 20  # sample from the K most likely tokens; 0 is off

@@ -72,8 +72,7 @@ def read_set(name: str, flags: DataFlags) -> Iterator[dict]:
     if name.endswith(FILES) or "/" in name:
         parts = [{"place": name, "split": "test", "where": []}]
     if parts is None:
-        known = ", ".join(SETS)
-        raise UserError(f"unknown dataset {name!r}: give a hub id, a .jsonl file or {known}")
+        raise UserError(f"unknown dataset {name!r}: give a hub id, a file or {', '.join(SETS)}")
     for part in parts:
         split = flags.split or part["split"]
         for row in read_rows(part["place"], split, flags):

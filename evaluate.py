@@ -49,7 +49,7 @@ class Flags(DataFlags, AgentFlags):
     """Evaluate a model on benchmarks: majority vote, lengths, calls."""
 
     n: int = 16  # traces per problem
-    out: Path | None = None  # the run's folder; without this flag runs/SET-MODEL-agent
+    out: Path | None = None  # the run's folder; without it runs/SET-MODEL-agent or -baseline
     name: str | None = None  # the run's name in reports; without this flag its folder's
     report: tuple[Path, ...] | None = None  # folders of runs: report these instead of a new run
     ablation: bool = False  # baseline, + GRPO, + Agent and DeepMath, one after another
@@ -342,8 +342,7 @@ def ablation(flags: Flags) -> None:
 
 def print_report(folders) -> None:
     with Grader() as grader:
-        runs = [load_run(folder, grader) for folder in folders]
-    print(report(runs))
+        print(report([load_run(folder, grader) for folder in folders]))
 
 
 def main() -> None:

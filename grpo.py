@@ -1,4 +1,4 @@
-r"""GRPO from scratch: a language model learns from its own attempts when to reach for Python.
+r"""GRPO, group relative policy optimisation, from scratch: a model learns from its own attempts.
 
     python grpo.py                                  # without a GPU: preset mini, the embedded model
     python grpo.py --out runs/grpo --resume         # go on after Ctrl-C, kill -9 or a power cut
@@ -18,7 +18,7 @@ One step, B problems x G traces each (`train` below is the loop over steps):
                     c_t (kl_beta kl_t - w_t min(ratio_t A, clip(ratio_t, 1 - low, 1 + high) A))
   4. sync       the new adapter goes back into vLLM under a new name
 
-pi is the model in training; pi_old the same before this update; pi_vLLM as vLLM computed it while
+pi is the model in training; pi_old the same as `update` began; pi_vLLM as vLLM computed it while
 it sampled; pi_base without the adapter. The code has their logarithms: new, old, vllm, base.
 
     --loss-type   c_t, weight of a token of trace i  |  --scale-rewards   scale
@@ -38,19 +38,20 @@ Differences from the published recipe (presets/paper.toml):
   1. top_p 1, top_k off (0.8 and 50 published): pi is over all tokens, so sampling must be, too.
   2. Tool outputs get no gradient (the published code trains on them): the model did not write them.
   3. "Used code" means that a snippet ran without error (published: any pair of tags, even empty).
-  4. w_t corrects for the small gap between vLLM's and the trainer's probabilities, which is logged.
-  5. Groups with equal rewards are not computed where there is no KL term: their gradient is 0.
+  4. w_t corrects for rounding, which differs between vLLM and the trainer; the gap is logged.
+  5. Groups with equal rewards count in c_t, but their gradient, 0 without KL, is not computed.
   6. Adapter dropout 0 (0.1 published): the policy that is trained must be the one that sampled.
   7. The loss is `dapo`, one mean over a step's tokens; published `bnpo`, a mean for every 4 traces.
   8. The warm-up begins at lr / warm-up steps, not at 0: that step would be wasted.
   9. Preset mini rewards accuracy : code = 10 : 1, the published recipe 1 : 10.
+ 10. The prompt is prompts/agent.json; extras/published_prompt.py fetches theirs, for --prompt.
 
 As published: logits divided by the temperature; one optimiser step per rollout, where ratio is 1
-and clipping never acts; in preset paper KL beta 0.04 (TRL's default then). --minibatches and
---epochs give several steps; then pi_old is the trainer's before the first. Left out: a value model,
-a model spread over GPUs (it must fit one), full fine-tuning.
+and clipping never acts; in preset paper KL beta 0.04, then the default of TRL, the library they
+used. --minibatches and --epochs give several steps; then pi_old is the trainer's before the first.
+Left out: a value model, a model spread over GPUs (it must fit one), full fine-tuning.
 
-OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of each step, token by token)
+OUT/  config.json  metrics.jsonl  eval.jsonl  groups.jsonl (a group of a step, token by token)
       checkpoint.pt  last/ (PEFT adapter of the last step)  adapter/ (the best in evaluation)
 """
 
@@ -88,7 +89,7 @@ class Config(DataFlags, AgentFlags):
     # the run
     preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"  # see presets/
     out: str = "runs/grpo"  # the run's folder
-    resume: bool = False  # go on with the run in --out, with its flags but for those given again
+    resume: bool = False  # go on with the run in --out, with its flags; those given now are for now
     merge: str | None = None  # no training: fold this run's adapter into its base, MERGE/merged
     wandb: bool = False  # log to Weights & Biases too
     steps: int = 40  # rollouts in all
@@ -116,7 +117,7 @@ class Config(DataFlags, AgentFlags):
     epsilon_low: float = 0.2  # the ratio is clipped below 1 - this
     epsilon_high: float = 0.4  # the ratio is clipped above 1 + this
     kl_beta: float = 0.0  # weight of the KL term, which keeps the policy near the base model
-    tis_cap: float = 2.0  # largest correction pi_old / pi_vLLM of a token; 0 is no correction
+    tis_cap: float = 2.0  # truncated importance sampling: largest pi_old / pi_vLLM; 0 is off
     # the optimiser
     minibatches: int = 1  # optimiser steps that a rollout is cut into
     epochs: int = 1  # times that a rollout is used
@@ -156,7 +157,7 @@ def reward_weights(config) -> dict[str, float]:
     try:
         pairs = [part.split("=") for part in config.reward_weights.split(",")]
         return {known[known.index(name)]: float(weight) for name, weight in pairs}
-    except ValueError:  # of split, index or float
+    except ValueError:  # of unpacking, index or float
         raise UserError(f"--reward-weights: accuracy=1.0,code=0.1, of {known}") from None
 
 
@@ -272,7 +273,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
 
     # First cut the rollout: into minibatches, an optimiser step for each, and the rank's share of a
     # minibatch into micro-batches, which fit into memory.
-    steps = []  # of micro-batches of traces
+    steps = []  # of each optimiser step its micro-batches, which are lists of traces
     size = math.ceil(len(groups) / config.minibatches)
     for start in range(0, len(groups), size):
         traces = sum(groups[start : start + size], [])
@@ -313,7 +314,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
                 loss.sum().backward()
 
                 sums["tokens"] += len(new)
-                sums["loss"] += loss.double().sum().item()  # about 0: advantages cancel
+                sums["loss"] += loss.double().sum().item()  # of `grpo` about 0: A cancels
                 sums["entropy"] -= old.sum().item()  # the mean of -log pi estimates it
                 sums["logprob_gap"] += (old - vllm).abs().sum().item()
                 sums["clip_fraction"] += clip_acts.sum().item()
@@ -398,7 +399,7 @@ def roll_out(agent, grader, problems, n, config, team) -> Groups:
 
 
 def evaluate_policy(agent, grader, problems, config, team) -> dict:
-    """Accuracy on held-out problems with its 95 % interval, sampled as evaluate.py samples."""
+    """Accuracy on held-out problems with its 95 % interval, at evaluate.py's temperature."""
     flags = agent.flags
     agent.flags = AgentFlags(agent=flags.agent, end_at=flags.end_at, max_tokens=flags.max_tokens)
     groups = roll_out(agent, grader, problems, config.eval_n, config, team)
@@ -482,7 +483,8 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         row["seconds_rollout"] = rolled_out - started
         row["seconds_update"] = time.monotonic() - rolled_out
         write_log(out / "metrics.jsonl", row)
-        write_log(out / "groups.jsonl", group_row(step, groups, agent.tokenizer))
+        if step % max(1, config.steps // 100) == 0:  # about 100 of a long run
+            write_log(out / "groups.jsonl", group_row(step, groups, agent.tokenizer))
         report_step(row, config.steps)
         if config.wandb:
             wandb.log(row, step=step)
