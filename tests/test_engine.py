@@ -256,3 +256,17 @@ def test_ranks_share_the_cores_and_exchange_what_is_large():
     command = [sys.executable, *command, sys.executable, "-c", code]
     said, n = subprocess.check_output(command, cwd=ROOT, text=True), len(os.sched_getaffinity(0))
     assert said == f"[({(n + 1) // 2}, 9), ({max(1, n // 2)}, 10)]\n"
+
+
+def test_on_a_gpu_too_a_rank_keeps_to_its_cores(monkeypatch):
+    kept = []
+    monkeypatch.setattr(engine, "has_cuda", lambda: True)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
+    monkeypatch.setattr(os, "sched_setaffinity", lambda _, cores: kept.append(cores))
+    for name in ("RANK", "LOCAL_RANK", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+    assert engine.take_rank() == (1, 2) and os.environ["CUDA_VISIBLE_DEVICES"] == "5"
+    assert kept == [[1, 3]]

@@ -135,6 +135,10 @@ def test_slots_are_what_the_run_needs_and_a_short_context_is_one_line(
     with agent.open_agent(flags, [Problem("p", "1 + 1?", None)], 16) as loop:
         assert loop.slots == asked[0][1] == 16 and asked[0][0] > 1000 and loop.max_len == 300
     assert capsys.readouterr().err.strip().startswith("traces are cut at 300 tokens")
+    text.max_position_embeddings = 250  # not the cache is short, but the model
+    with agent.open_agent(flags, [Problem("p", "1 + 1?", None)], 16) as loop:
+        assert loop.max_len == 250
+    assert capsys.readouterr().err.strip().startswith("traces are cut at 250 tokens")
 
 
 def test_the_adapter_travels_outside_the_run(tiny_folder, tmp_path, monkeypatch):
