@@ -14,6 +14,9 @@ PIP     = $(PY) -m pip install --no-compile
 LOG     = >>.venv/setup.log 2>&1 || { tail -n 3 .venv/setup.log; echo "setup: pip failed, see .venv/setup.log"; exit 2; } >&2
 stop    = { echo "setup: $(1): name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 
+# Two files of tests at a time, one thread each (tests/conftest.py): half the time on two cores.
+TESTS   = $(PY) -m pytest -q -rs -n 2 --dist loadfile
+
 # The evaluations of `make reproduce`; GSM8K and SVAMP may be files: make reproduce-full GSM8K=rows.jsonl
 RUN    := runs/reproduce
 ROWS   := baseline grpo agent warm-start deepmath
@@ -77,11 +80,11 @@ reproduce-full: reproduce
 
 test: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(PY) -m pytest -q -rs -m "not slow"
+	$(TESTS) -m "not slow"
 
 test-all: setup
 	$(PY) -m ruff check . && $(PY) -m ruff format --check .
-	$(PY) -m pytest -q -rs
+	$(TESTS)
 
 bench: setup
 	@test -d bench/.packages || $(PY) -m pip install -q --no-deps --target bench/.packages -r bench/requirements.txt

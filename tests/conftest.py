@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background
+# `make test` runs two tests at a time, on a machine that may be busy: there two threads that wait
+# for each other at every layer of a model would take forty times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

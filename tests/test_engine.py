@@ -40,8 +40,10 @@ def named_adapter(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def loop(named_adapter):
-    flags = dataclasses.replace(RAW, lora=named_adapter)
+def loop(named_adapter, tmp_path_factory):
+    two = tmp_path_factory.mktemp("shots") / "two.txt"  # for a short prompt
+    two.write_text("\n---\n".join((ROOT / "fewshot.txt").read_text().split("\n---\n")[::3]))
+    flags = dataclasses.replace(RAW, lora=named_adapter, few_shot=str(two))
     with open_agent(flags, [problem for problem, _ in JOBS], len(JOBS)) as agent:
         yield agent
 
@@ -75,10 +77,10 @@ def scores(model, trace, temperature):
     """log pi of the trace's tokens, one forward pass over prompt_ids + ids."""
     import torch
 
-    ids, start = torch.tensor([trace.prompt_ids + trace.ids]), len(trace.prompt_ids)
+    ids, T = torch.tensor([trace.prompt_ids + trace.ids]), len(trace.ids)
     with torch.inference_mode():
-        logits = model(ids).logits[0, start - 1 : -1] / temperature
-        return logits.log_softmax(-1).gather(1, ids[0, start:, None])[:, 0].tolist()
+        logits = model(ids, logits_to_keep=T + 1).logits[0, :-1] / temperature
+        return logits.log_softmax(-1).gather(1, ids[0, -T:, None])[:, 0].tolist()
 
 
 def gap(traces, model, temperature) -> float:
@@ -109,7 +111,7 @@ def test_scoring_again_gives_the_sampled_logprobs(bare, raw_traces, model):
 @pytest.mark.engine
 def test_an_adapter_with_full_module_names_is_served_as_peft_computes_it(loop, model):
     """vLLM packs q, k, v and gate, up: with full names as its filter these lose it, silently."""
-    traces = rollout(loop, JOBS[:3])
+    traces = rollout(loop, JOBS[:2])
     assert gap(traces, model, 1.0) < 1e-3
     with model.disable_adapter():
         assert gap(traces, model, 1.0) > 0.1
@@ -119,7 +121,7 @@ def test_an_adapter_with_full_module_names_is_served_as_peft_computes_it(loop, m
 def test_an_update_reaches_the_engine(loop, model, tmp_path):
     import torch
 
-    traces = rollout(loop, JOBS[:4])
+    traces = rollout(loop, JOBS[:2])
     for trace in traces:  # equal traces with opposite signs would move nothing
         trace.advantage = -1.0
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3)
@@ -127,7 +129,7 @@ def test_an_update_reaches_the_engine(loop, model, tmp_path):
     assert stats["logprob_gap"] < 1e-4  # of what the trainer computed to what came with the traces
     assert gap(traces, model, 1.0) > 0.01  # the trainer has another policy now
     sync(loop, model, tmp_path / "adapter", step=1)
-    assert gap(rollout(loop, JOBS[:4]), model, 1.0) < 1e-3
+    assert gap(rollout(loop, JOBS[:2]), model, 1.0) < 1e-3
 
 
 @pytest.mark.engine
@@ -135,7 +137,7 @@ def test_the_same_seed_gives_the_same_ids_and_another_seed_others(bare, raw_trac
     assert [(t.ids, t.mask) for t in rollout(bare)] == [(t.ids, t.mask) for t in raw_traces]
     assert len({tuple(trace.ids) for trace in raw_traces}) > len(QUESTIONS)  # two samples differ
     bare.flags = dataclasses.replace(bare.flags, seed=1)
-    assert [t.ids for t in rollout(bare)] != [t.ids for t in raw_traces]
+    assert [t.ids for t in rollout(bare, JOBS[:2])] != [t.ids for t in raw_traces[:2]]
 
 
 @pytest.mark.engine
