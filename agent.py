@@ -399,8 +399,9 @@ def solve(agent: Agent, problem: Problem, n: int) -> dict:
         }
     traces = [rows[sample] for sample in range(n)]
     with Grader(workers=1) as grader:
-        winner, clusters = vote([trace["answer"] for trace in traces], grader)
-    votes = [{"answer": answer, "count": count} for answer, count, _ in clusters]
+        clusters = vote([trace["answer"] for trace in traces], grader)
+    votes = [{"answer": answer, "count": len(places)} for answer, places in clusters]
+    winner = votes[0]["answer"] if votes else None
     if n > 1 and votes:
         print(escape(f"\nvote: {winner} ({votes[0]['count']} of {n})"))
     return {"problem": problem.question, "answer": winner, "votes": votes, "traces": traces}

@@ -32,6 +32,7 @@ class Problem:
     question: str
     answer: str | None  # the gold answer as text; None where a set has none
     meta: dict = field(default_factory=dict)  # the other columns: level, subject, topic, family ...
+    dataset: str = ""  # its set, as --dataset names it
 
 
 def problem_id(question: str) -> str:
@@ -49,52 +50,53 @@ QUESTION_KEYS = "problem question question_concat prompt input Problem Question"
 ANSWER_KEYS = "answer final_answer expected_answer gold target Answer".split()
 
 
-def load_problems(flags: DataFlags, dataset: str | None = None, need_answer=True) -> list[Problem]:
-    """The problems that the flags ask for (of `dataset` if given), in order, each question once."""
-    name = dataset or flags.dataset
+def load_problems(flags: DataFlags, need_answer=True) -> list[Problem]:
+    """The problems that the flags ask for, in order, each question once."""
     check_range(flags, 1, math.inf, "limit")
     found = {}  # by id
     row = {}
-    for row in read_set(name, flags):
+    for row in read_set(flags):
         if all(matches(row, condition) for condition in flags.where):
-            problem = to_problem(row, name, flags, need_answer)
+            problem = to_problem(row, flags, need_answer)
             found.setdefault(problem.id, problem)
         if len(found) == flags.limit:
             break
     if not found:
-        raise UserError(f"{name}: no rows {' '.join(flags.where)} (columns: {', '.join(row)})")
+        found = f"no rows {' '.join(flags.where)} (columns: {', '.join(row)})"
+        raise UserError(f"{flags.dataset}: {found}")
     return list(found.values())
 
 
-def read_set(name: str, flags: DataFlags) -> Iterator[dict]:
+def read_set(flags: DataFlags) -> Iterator[dict]:
     """The rows of a set by its name, of a file, or of a set on the hub."""
+    name = flags.dataset
     parts = SETS.get(name)
     if name.endswith(FILES) or "/" in name:
-        parts = [{"place": name, "split": "test", "where": []}]
+        parts = [{"place": name, "where": []}]
     if parts is None:
         raise UserError(f"unknown dataset {name!r}: give a hub id, a file or {', '.join(SETS)}")
     for part in parts:
-        split = flags.split or part["split"]
+        split = flags.split or part.get("split")
         for row in read_rows(part["place"], split, flags):
             if all(matches(row, condition) for condition in part["where"]):
                 yield row
 
 
-def read_rows(place: str, split: str, flags: DataFlags) -> Iterator[dict]:
+def read_rows(place: str, split: str | None, flags: DataFlags) -> Iterator[dict]:
     """Rows as dicts; whatever is wrong with a set ends in a UserError of one line."""
     try:
         if place == "built-in":
-            rows = read_file(HERE / "problems" / "arithmetic.jsonl")
-            yield from (row for row in rows if row["split"] == split)
-        elif place.endswith(FILES):
-            rows = read_file(Path(place))
-            yield from (row for row in rows if flags.split in (None, row.get("split", flags.split)))
+            place = str(HERE / "problems" / "arithmetic.jsonl")
+        if place.endswith(FILES):
+            for row in read_file(Path(place)):
+                if split in (None, row.get("split", split)):
+                    yield row
         else:
             go_offline_without_hub()
             import datasets  # only here: it takes seconds
 
             name, _, config = place.partition(":")
-            options = {"split": split, "streaming": flags.limit is not None}
+            options = {"split": split or "test", "streaming": flags.limit is not None}
             yield from datasets.load_dataset(name, config or None, **options)
     except Exception as error:  # those of `datasets` and of what it calls share no base class
         remedy = "is a file whole? gated: `hf auth login`; no network: give a file"
@@ -120,7 +122,7 @@ def read_file(path: Path) -> list[dict]:
     return rows
 
 
-def to_problem(row: dict, name: str, flags: DataFlags, need_answer: bool) -> Problem:
+def to_problem(row: dict, flags: DataFlags, need_answer: bool) -> Problem:
     # Dates and pictures become text; half a character of UTF-16 becomes a question mark.
     plain = json.dumps(row, default=str, ensure_ascii=False)
     meta = json.loads(plain.encode("utf-8", "replace"))
@@ -128,11 +130,11 @@ def to_problem(row: dict, name: str, flags: DataFlags, need_answer: bool) -> Pro
     answer = clean_answer(take(meta, flags.answer_key, ANSWER_KEYS))
     names = ", ".join(row)
     if not isinstance(question, str) or not question.strip():
-        raise UserError(f"{name}: no question among {names}: name it with --question-key")
+        raise UserError(f"{flags.dataset}: no question among {names}: name it with --question-key")
     if need_answer and answer is None:
-        raise UserError(f"{name}: a row has no answer among {names}: name it with --answer-key")
+        raise UserError(f"{flags.dataset}: no answer among {names}: name it with --answer-key")
     question = question.strip()
-    return Problem(problem_id(question), question, answer, meta)
+    return Problem(problem_id(question), question, answer, meta, flags.dataset)
 
 
 def take(row: dict, key: str | None, usual: list[str]):
@@ -209,7 +211,7 @@ def read_prompt(flags: AgentFlags) -> Prompt:
     if style not in ("turns", "system", "none"):
         style, file = usual, flags.few_shot
     file = Path(file or HERE / "fewshot.txt")
-    examples = file.read_text(encoding="utf-8", errors="replace").strip()
+    examples = file.read_text(errors="replace").strip()
     name = "turns" if style == "turns" else "agent"
     *messages, last = read_prompt_file(name).messages
     if style == "system":
@@ -232,7 +234,7 @@ def read_prompt_file(name: str) -> Prompt:
     if not file.is_file():
         file = Path(name)
     try:
-        text = file.read_text(encoding="utf-8", errors="replace")
+        text = file.read_text()
         fields = {"text": text, "stops": BASE_STOPS}
         if file.suffix == ".json":
             fields = json.loads(text)
@@ -255,10 +257,9 @@ def disarm(tokenizer, text: str) -> str:
     A literal `<|im_end|>` in a problem or in a snippet's output would otherwise be encoded as the
     token that ends the turn. Cut in two and encoded apart, it reads the same and controls nothing.
     """
-    tokens = tokenizer.added_tokens_decoder.values()
-    names = "|".join(re.escape(str(token)) for token in tokens)
-    first_character = f"(?={names})."  # a look-ahead: overlapping names are all cut
-    return re.sub(first_character, rf"\g<0>{SPLIT}", text.replace(SPLIT, ""), flags=re.DOTALL)
+    names = "|".join(map(re.escape, tokenizer.get_added_vocab()))
+    first_character = f"(?s)(?={names})."  # a look-ahead: overlapping names are all cut
+    return re.sub(first_character, rf"\g<0>{SPLIT}", text.replace(SPLIT, ""))
 
 
 def encode(tokenizer, text: str) -> list[int]:

@@ -39,9 +39,11 @@ def resolve_model(model: str, lora: str | None) -> tuple[str, str | None]:
         adapter = adapter_only(model)
         if adapter:
             model = adapter_config(adapter)["base_model_name_or_path"]
-    if lora:
-        adapter = None if lora == "none" else lora
-        base = adapter_config(lora)["base_model_name_or_path"] if adapter else None
+    if lora == "none":
+        adapter = None
+    elif lora:
+        adapter = lora
+        base = adapter_config(lora)["base_model_name_or_path"]
         if base and Path(base).name != Path(model).name:
             print(f"warning: {lora} was trained on {base}, --model is {model}", file=sys.stderr)
     if model == EMBEDDED_HUB:
@@ -102,8 +104,8 @@ def embedded_model() -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, ignore_cleanup_errors=True) as work:
         model = from_pretrained("AutoModelForCausalLM", **source, dtype="float32")
-        model.hf_quantizer = None  # the weights are plain float32 now, but the model refuses
-        del model.config.quantization_config  # to be saved while these say otherwise
+        # The weights are plain float32 now, but the model refuses to be saved until it knows.
+        model.hf_quantizer.remove_quantization_config(model)
         model.save_pretrained(work)
         from_pretrained("AutoTokenizer", **source).save_pretrained(work)
         with contextlib.suppress(OSError):  # another process was faster
@@ -114,11 +116,9 @@ def embedded_model() -> Path:
 # ---- The process
 def prepare_environment(verbose: bool) -> None:
     """What vLLM reads from the environment; to be called before its first import."""
-    cores = sorted(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") >> 30  # GiB
     settings = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in this process: nothing is pickled
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),  # all: 233 tok/s, not 135, on two
         "VLLM_CPU_KVCACHE_SPACE": str(max(1, min(4, memory // 4))),  # GiB; 46 KB a token
         "VLLM_NO_USAGE_STATS": "1",
     }
@@ -177,10 +177,8 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, flags: M
         "dtype": compute_dtype(),
         "max_num_seqs": slots,
         "tensor_parallel_size": flags.tensor_parallel,
-        "enable_prefix_caching": True,
         "logprobs_mode": "processed_logprobs",  # after temperature, top-k and top-p
         "generation_config": "vllm",  # no sampling parameters but ours
-        "seed": flags.seed % 2**31,
         "disable_log_stats": True,
     }
     if has_cuda():
@@ -215,7 +213,7 @@ def load_engine(model: str, lora: str | None, max_len: int, slots: int, flags: M
         with contextlib.nullcontext() if flags.verbose else silence():
             engine = LLMEngine.from_engine_args(EngineArgs(**options))
             if lora:
-                request = LoRARequest("adapter-0", 1, str(Path(lora).resolve()))
+                request = LoRARequest("adapter-1", 1, lora)
                 engine.add_lora(request)  # now, so that a wrong one ends here
     except (OSError, ValueError, RuntimeError) as error:
         what = f"no engine for {model} with --lora {lora or 'none'}: {first_line(error)}"
@@ -232,12 +230,11 @@ def plain_lora_products() -> None:
 
     def add_lora_linear(self, y, x, lora_a, lora_b, scale, sizes, **_):
         # x (tokens, in), y (tokens, sum of sizes): q, k and v are one layer in vLLM
-        if self.is_prefill and self.no_lora:
+        if self.no_lora:
             return
-        at = 0
-        for a, b, size in zip(lora_a, lora_b, sizes, strict=True):  # (1, 1, r, in), (1, 1, size, r)
-            y[:, at : at + size].addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
-            at += size
+        parts = y.split(sizes, dim=1)  # views
+        for part, a, b in zip(parts, lora_a, lora_b, strict=True):  # (1, 1, r, in), (1, 1, size, r)
+            part.addmm_(x @ a[0, 0].T, b[0, 0].T, alpha=scale)
 
     PunicaWrapperCPU.add_lora_linear = add_lora_linear
 
@@ -249,14 +246,10 @@ def quick_top_k_top_p() -> None:
     from vllm.v1.sample.ops import topk_topp_sampler as sampler
 
     def apply_top_k_top_p(logits, k, p):  # (B, V), (B,), (B,) or None
-        largest = 0 if k is None or p is None else int(k.max())
-        if not 0 < largest <= 1024:
-            return sampler.apply_top_k_top_p_pytorch(logits, k, p, allow_cpu_sync=True)
-        values, index = logits.topk(largest, dim=-1)  # (B, largest), the most likely first
-        place = index.new_tensor(range(largest))
-        values.masked_fill_(place >= k.unsqueeze(1), -math.inf)
-        tail = values.softmax(-1).flip(-1).cumsum(-1).flip(-1)  # of this token and all less likely
-        values.masked_fill_((tail <= 1 - p.unsqueeze(1)) & (place > 0), -math.inf)
+        if k is None:
+            return sampler.apply_top_k_top_p_pytorch(logits, k, p)
+        values, index = logits.topk(k.max())  # (B, largest k): no others can be sampled
+        values = sampler.apply_top_k_top_p_pytorch(values, k, p)
         return logits.fill_(-math.inf).scatter_(-1, index, values)
 
     sampler.apply_top_k_top_p = apply_top_k_top_p
@@ -274,7 +267,8 @@ def load_trainer(config, folder: str, adapter: str | None):
     for change in ("final_logit_softcapping", "logits_scaling", "logit_scale"):
         if getattr(base.config.get_text_config(), change, None) not in (None, 1.0):
             raise UserError(f"{folder}: its {change} changes logits after the head: not supported")
-    base.to("cuda" if has_cuda() else "cpu")
+    if has_cuda():
+        base.cuda()
     decoder = base.get_decoder()
     # A float32 adapter would promote the activations of a bfloat16 base: they stay as they are.
     cast = torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -282,14 +276,19 @@ def load_trainer(config, folder: str, adapter: str | None):
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
-        scale = {"lora_alpha": config.lora_alpha, "use_rslora": config.rslora}
-        kind = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
-        model = get_peft_model(base, LoraConfig(r=config.lora_rank, **scale, **kind))
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            use_rslora=config.rslora,
+            target_modules="all-linear",
+            task_type="CAUSAL_LM",
+        )
+        model = get_peft_model(base, lora)
     named = EMBEDDED_HUB if config.model == "embedded" else folder  # what --merge will need
-    model.peft_config["default"].base_model_name_or_path = named
+    model.active_peft_config.base_model_name_or_path = named
     model.eval()  # no dropout: the policy that is trained must be the one that has sampled
     if config.gradient_checkpointing:
-        base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.gradient_checkpointing_enable()
         for layer in decoder.layers:
             layer.training = True  # of the layer alone; else transformers does not checkpoint it
     return model
@@ -305,7 +304,9 @@ def save_adapter(model, folder: Path) -> None:
 
 def merge(run: Path) -> None:
     """Write RUN/merged, a plain model: the run's best adapter, else its last, in its base."""
-    adapter = str(next(filter(Path.is_dir, [run / "adapter", run / "last"]), run))
+    adapter = run / "adapter"
+    if not adapter.is_dir():
+        adapter = run / "last"
     adapter_config(adapter)  # UserError where it is none
     base, _ = resolve_model(adapter, None)
     from peft import PeftModel  # after the choice between hub and offline
@@ -353,10 +354,13 @@ def per_token(traces: list):
 
 def micro_batches(traces: list, budget: int) -> list[list]:
     """Traces by length, cut so that rows x longest row <= budget (or one row alone)."""
+
+    def length(trace):
+        return len(trace.prompt_ids + trace.ids)
+
     batches = []
-    for trace in sorted(traces, key=lambda trace: len(trace.prompt_ids + trace.ids)):
-        longest = len(trace.prompt_ids + trace.ids)  # in its batch: they come by length
-        if not batches or (len(batches[-1]) + 1) * longest > budget:
+    for trace in sorted(traces, key=length):  # so the last one of a batch is its longest
+        if not batches or (len(batches[-1]) + 1) * length(trace) > budget:
             batches.append([])
         batches[-1].append(trace)
     return batches
@@ -373,17 +377,16 @@ def shared_prefix(model, prompts: list[list[int]]):
     import torch
     from transformers import DynamicCache
 
-    base = model.get_base_model()
-    layers = getattr(base.config.get_text_config(), "layer_types", None) or ["full_attention"]
+    layers = getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"]
     ids = os.path.commonprefix(prompts)[:-1]  # a prompt's last token predicts: it is not cached
-    if not ids or base.is_gradient_checkpointing or set(layers) != {"full_attention"}:
+    if not ids or model.is_gradient_checkpointing or set(layers) != {"full_attention"}:
         yield None
         return
 
     def compute():
         cache = DynamicCache()
         inputs = torch.tensor([ids], device=model.device)  # (1, P)
-        base.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
+        model.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
         assert cache.get_seq_length() == len(ids), "the model dropped its cache"
         return [(layer.keys, layer.values) for layer in cache.layers]  # (1, heads, P, D) each
 
@@ -396,8 +399,10 @@ def shared_prefix(model, prompts: list[list[int]]):
     tensors = sum(pairs, ())
     for tensor in tensors:
         tensor.requires_grad_()
-    yield expand  # then the prefix again, with a graph: backward from the gathered gradients
-    torch.autograd.backward(sum(compute(), ()), [tensor.grad for tensor in tensors])
+    yield expand
+    # Then the prefix again, with a graph: its backward pass starts at the gathered gradients.
+    products = [(again * tensor.grad).sum() for again, tensor in zip(sum(compute(), ()), tensors)]
+    sum(products).backward()
 
 
 # ---- Ranks

@@ -28,8 +28,7 @@ import math
 import subprocess
 import sys
 from collections import defaultdict
-from dataclasses import asdict, dataclass
-from itertools import chain
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -72,7 +71,7 @@ def majority(votes: list[tuple[int, bool]]) -> float:
     """
     if not votes:
         return 0.0
-    most = max(count for count, _ in votes)
+    most, _ = max(votes)
     return fmean(right for count, right in votes if count == most)
 
 
@@ -85,12 +84,12 @@ def pass_at(k: int, n: int, c: int) -> float:
     return 1.0 - math.comb(n - c, k) / math.comb(n, k)
 
 
-def interval(values: list[float], draws: int = 2000) -> tuple[float, float]:
+def interval(values: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the mean of values, one for each problem."""
     import numpy as np
 
     rng = np.random.default_rng(0)
-    drawn = rng.choice(values, (draws, len(values)))
+    drawn = rng.choice(values, (2000, len(values)))
     return tuple(np.percentile(drawn.mean(axis=1), [2.5, 97.5]))
 
 
@@ -99,7 +98,7 @@ def trace_row(trace: Trace) -> dict:
     """A line of traces.jsonl, complete: nothing else is needed to grade and to read it."""
     problem = trace.problem
     return {
-        "dataset": problem.meta["dataset"],
+        "dataset": problem.dataset,
         "id": problem.id,
         "question": problem.question,
         "gold": problem.answer,
@@ -119,9 +118,9 @@ def trace_row(trace: Trace) -> dict:
 def read_traces(folder: Path) -> dict:
     """(dataset, problem id, sample) -> row, from the files of all ranks."""
     rows = {}
-    for path in sorted(folder.glob("traces*.jsonl")):
+    for path in folder.glob("traces*.jsonl"):
         for line in path.open("rb"):
-            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut in two, or not ours
+            with contextlib.suppress(ValueError):  # an empty line, or a row that a kill cut in two
                 row = json.loads(line)
                 rows[row["dataset"], row["id"], row["sample"]] = row
     return rows
@@ -132,17 +131,18 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError):
         config = json.loads(path.read_bytes())
         if "settings" in config:
             return config
     raise UserError(f"{folder} is not a run: its config.json is damaged")
 
 
-def write_config(flags: Flags, out: Path, asked: int, adapter: str | None) -> None:
+def write_config(flags: Flags, out: Path, asked: int) -> None:
     """What config.json says of a run. Raises UserError where one with other settings is there."""
     settings = {key: value for key, value in vars(flags).items() if key not in FREE}
     settings["prompt"] = asdict(check_flags(flags))  # its text, not its file's name
+    _, adapter = resolve_model(flags.model, flags.lora)
     if adapter:  # its content: the same folder may hold another one tomorrow
         weights = Path(adapter, "adapter_model.safetensors").read_bytes()
         settings["adapter"] = hashlib.sha256(weights).hexdigest()[:16]
@@ -171,21 +171,18 @@ def run(flags: Flags) -> None:
 
     problems = []
     for name in dict.fromkeys(flags.dataset.split(",")):
-        for problem in load_problems(flags, name):
-            problem.meta["dataset"] = name
-            problems.append(problem)
+        problems += load_problems(replace(flags, dataset=name))
     # Every problem's first trace comes before the second ones: these find their prompt in the
     # engine's cache. A rank's share goes by place in this list, not by what is missing, because
     # ranks may look into the folder at different moments.
     every = [(problem, sample) for sample in range(flags.n) for problem in problems]
     mine = every[team.rank :: team.size]
 
-    _, adapter = resolve_model(flags.model, flags.lora)
     if team.rank == 0:
-        write_config(flags, out, len(every), adapter)
+        write_config(flags, out, len(every))
     team.gather("ready")  # the folder is there, and right
     done = read_traces(out)
-    jobs = [(p, sample) for p, sample in mine if (p.meta["dataset"], p.id, sample) not in done]
+    jobs = [(p, sample) for p, sample in mine if (p.dataset, p.id, sample) not in done]
     if jobs:
         path = out / (f"traces-{team.rank}.jsonl" if team.rank else "traces.jsonl")
         with open_agent(flags, problems, len(jobs)) as agent:
@@ -204,7 +201,7 @@ class Scored(NamedTuple):
     dataset: str
     id: str
     rows: list[dict]  # its traces, by sample number, each with `right` and `grading`
-    clusters: list[tuple]  # (answer, votes, places in rows), most votes first
+    clusters: list[tuple]  # (answer, places in rows), most votes first
     measures: dict[str, float]
 
 
@@ -230,9 +227,9 @@ def score(rows: list[dict], grader: Grader) -> Scored:
     """Verdicts, vote and measures for the traces of one problem."""
     for row in rows:
         row["right"], row["grading"] = grader(row["gold"], row["answer"])
-    clusters = vote([row["answer"] for row in rows], grader).clusters
+    clusters = vote([row["answer"] for row in rows], grader)
     # The answer of a cluster is its first member's, and so is its verdict.
-    votes = [(count, rows[places[0]]["right"]) for _, count, places in clusters]
+    votes = [(len(places), rows[places[0]]["right"]) for _, places in clusters]
     n = len(rows)
     k = min(4, n)
     right = sum(row["right"] for row in rows)
@@ -281,7 +278,10 @@ def report(runs: list[Run]) -> str:
 def compare(columns: list[list[Scored]]) -> list[list[str]]:
     """The table of one set: a row for each measure, a column for each run."""
     lines = []
-    for measure in dict.fromkeys(name for p in chain(*columns) for name in p.measures):
+    measures = {}
+    for problem in sum(columns, []):
+        measures |= problem.measures
+    for measure in measures:
         found = []  # of each run: problem id -> value
         for problems in columns:
             found.append({p.id: p.measures[measure] for p in problems if measure in p.measures})

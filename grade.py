@@ -33,6 +33,7 @@ from typing import NamedTuple
 import tyro
 
 from cli import UserError, parse, run_main
+from data import read_file
 
 
 # ---- The answer in a text
@@ -44,7 +45,7 @@ def extract_answer(text: str) -> str | None:
     """
     answer = None
     opened = []  # a stack of (is it a box's brace, where its content starts)
-    for brace in re.finditer(r"(\\+(?:boxed|fbox)\s*)?\{|\}|\\.", text, re.DOTALL):
+    for brace in re.finditer(r"(\\+(?:boxed|fbox)\s*)?\{|\}|\\.", text):
         if brace[0] == "{" or brace[1]:
             opened.append((brace[1], brace.end()))
         elif brace[0] == "}" and opened:
@@ -70,20 +71,20 @@ SPELLINGS = {
     r"\varnothing": r"\emptyset",
 }
 
-# Then (pattern, replacement), in this order. A letter in \text is a symbol, if it is no unit.
-TIDY = [
-    (r"(?<=\d)\s*\\,\s*(?=\d{3}(?!\d))", ""),  # 32\,349
-    (r"(?:(?<!\\)\\(?:[,;:]|q?quad|[bB]igg?[lrm]?(?![a-zA-Z]))|\s)+", " "),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\text\s*\{\s*degrees?\s*\}|\bdegrees?\b", "°"),
-    (r"([_^])\s*(-?\d+|\w)", r"\1{\2}"),
-    (r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![A-Za-z])", r"\\\1 "),
-    (r"(\d\.\d*)\\(?:overline|bar)\s*\{(\d+)\}", lambda m: m[1] + 20 * m[2]),  # 0.1666..., a float
-    (r"^([^=\d]*)\\approx", r"\1="),  # x ≈ 5 is a value of x, 1/3 ≈ 0.33 is 1/3
-    (r"\\approx(?:(?!, |;).)*", ""),
-    (r"(?!(?<=[\d} ])\\text\s*\{ ?[mshgL] ?\})\\text\s*\{\s*\(?([A-Za-z]?)\)?\s*\}(?!\^)", r" \1"),
-    (r"^[ ,;:=]+|[ .,;:\\]+$", ""),
-    (r"(?<![A-Za-z0-9,]) +| +(?![A-Za-z0-9])", ""),  # spaces that separate nothing
-]
+# Then pattern -> replacement, in this order. A letter in \text is a symbol, if it is no unit.
+TIDY = {
+    r"(?<=\d)\s*\\,\s*(?=\d{3}(?!\d))": "",  # 32\,349
+    r"(?:(?<!\\)\\(?:[,;:]|q?quad|[bB]igg?[lrm]?(?![a-zA-Z]))|\s)+": " ",
+    r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\text\s*\{\s*degrees?\s*\}|\bdegrees?\b": "°",
+    r"([_^])\s*(-?\d+|\w)": r"\1{\2}",
+    r"(?<![\\A-Za-z])((?:arc)?(?:sin|cos|tan)|log|ln|exp)(?![A-Za-z])": r"\\\1 ",
+    r"(\d\.\d*)\\(?:overline|bar)\s*\{(\d+)\}": lambda m: m[1] + 20 * m[2],  # 0.1666..., a float
+    r"^([^=\d]*)\\approx": r"\1=",  # x ≈ 5 is a value of x, 1/3 ≈ 0.33 is 1/3
+    r"\\approx(?:(?!, |;).)*": "",
+    r"(?!(?<=[\d} ])\\text\s*\{ ?[mshgL] ?\})\\text\s*\{\s*\(?([A-Za-z]?)\)?\s*\}(?!\^)": r" \1",
+    r"^[ ,;:=]+|[ .,;:\\]+$": "",
+    r"(?<![A-Za-z0-9,]) +| +(?![A-Za-z0-9])": "",  # spaces that separate nothing
+}
 
 
 def tidy(text: str) -> str:
@@ -94,9 +95,9 @@ def tidy(text: str) -> str:
     for spelling, usual in SPELLINGS.items():
         text = text.replace(spelling, usual)
     text = re.sub(r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}", text)
-    config = NormalizationConfig(basic_latex=True, malformed_operators=True, boxed="none")
+    config = NormalizationConfig(malformed_operators=True, boxed="none")
     text = normalize_latex(text, config)
-    for pattern, new in TIDY:
+    for pattern, new in TIDY.items():
         text = re.sub(pattern, new, text)
     return text
 
@@ -115,8 +116,8 @@ def split(text: str, separators: str) -> list[str]:
 
 
 # ---- Numbers: exact, and compared exactly
-POWER = re.compile(r"(?:\\times|\\cdot|\*|x) ?10\^\{?([+-]?\d+)\}?$")
-NUMBER = re.compile(r"[+-]?([1-9]\d{0,2}([, ]\d{3})+|\d+)(\.\d*)?(e[+-]?\d{1,4})?", re.IGNORECASE)
+POWER = r"(?:\\times|\\cdot|\*|x) ?10\^\{?([+-]?\d+)\}?$"
+NUMBER = r"(?i)[+-]?([1-9]\d{0,2}([, ]\d{3})+|\d+)(\.\d*)?(e[+-]?\d{1,4})?"
 
 
 def number(text: str) -> Decimal | None:
@@ -125,8 +126,8 @@ def number(text: str) -> Decimal | None:
     >>> number("1,234"), number("-2.50"), number(r"3\times10^{4}"), number("1/2")
     (Decimal('1234'), Decimal('-2.50'), Decimal('3E+4'), None)
     """
-    text = POWER.sub(r"e\1", text)
-    if not NUMBER.fullmatch(text):
+    text = re.sub(POWER, r"e\1", text)
+    if not re.fullmatch(NUMBER, text):
         return None
     return Decimal(re.sub("[, ]", "", text))
 
@@ -265,7 +266,7 @@ def members(text: str) -> tuple[str, list[str]]:
     r"""(brackets, members) of a tuple, an interval or a set; a list has the brackets ""."""
     inner = text.replace("\\{", "{").replace("\\}", "}")
     brackets = ""
-    if inner.startswith(("(", "[", "{")) and split(inner, ")]}")[1:] == [""]:  # around all of it
+    if inner[:1] in "([{" and split(inner, ")]}")[1:] == [""]:  # around all of it
         brackets = inner[0] + inner[-1]
         inner = inner[1:-1]
     parts = split(inner, ",;")
@@ -283,7 +284,8 @@ def same_formula(gold: str, answer: str) -> bool:
     from math_verify import verify
 
     x, y = formula(gold), formula(answer)
-    if isinstance(x, sympy.Expr | sympy.MatrixBase) != isinstance(y, sympy.Expr | sympy.MatrixBase):
+    values = sympy.Expr | sympy.MatrixBase
+    if isinstance(x, values) != isinstance(y, values):
         return False  # an equation or a set is no value
     for text, value in (gold, y), (answer, x):
         decimal = number(text)
@@ -309,15 +311,16 @@ def formula(text: str):
     config = ConversionConfig(lowercase_symbols=False)
     found = latex2sympy(text, normalization_config=None, conversion_config=config)
     exact = {value: sympy.Rational(str(value)) for value in found.atoms(sympy.Float)}
-    if sympy.Symbol("i") in found.free_symbols:  # not a sum's index
-        exact[sympy.Symbol("i")] = sympy.I
+    i = sympy.Symbol("i")
+    if i in found.free_symbols:  # not a sum's index
+        exact[i] = sympy.I
     return found.xreplace(exact)
 
 
 # ---- Grading in processes that can be killed
 class Verdict(NamedTuple):
     equal: bool
-    status: str  # ok | none (no answer) | timeout | memory | error | crashed; all but ok are wrong
+    status: str  # ok | none (no answer) | timeout | error | crashed; all but ok are wrong
 
 
 class Grader(contextlib.AbstractContextManager):
@@ -389,30 +392,25 @@ def work() -> None:
         signal.setitimer(signal.ITIMER_PROF, 2.0)  # whose signal, by default, ends the process
         try:
             verdict = Verdict(same(*json.loads(line)), "ok")
-        except MemoryError:
-            verdict = Verdict(False, "memory")
-        except Exception:  # whatever computer algebra raises on what a model wrote
+        except Exception:  # MemoryError, and whatever else computer algebra raises
             verdict = Verdict(False, "error")
         signal.setitimer(signal.ITIMER_PROF, 0)
         print(json.dumps(verdict), flush=True)
 
 
 # ---- Votes
-class Vote(NamedTuple):
-    winner: str | None  # the first sampled of a tie; evaluate.py takes a tie's expected value
-    clusters: list[tuple[str, int, list[int]]]  # (first answer, votes, indices), most votes first
+def vote(answers: list[str | None], grader: Grader) -> list[tuple[str, list[int]]]:
+    """Clusters of equivalent answers, each as (first answer, indices), the largest one first.
 
-
-def vote(answers: list[str | None], grader: Grader) -> Vote:
-    """Cluster answers by equivalence with a cluster's first member; None does not vote."""
-    clusters: dict[str, list[int]] = {}  # first answer -> indices
+    An answer is compared with each cluster's first one; None does not vote. Of equally large ones
+    the first sampled comes first; evaluate.py takes the expected value of such a tie.
+    """
+    clusters = {}  # first answer -> indices
     for i, answer in enumerate(answers):
         if answer is not None:
             home = next((first for first in clusters if grader(first, answer).equal), answer)
             clusters.setdefault(home, []).append(i)
-    ranked = [(first, len(indices), indices) for first, indices in clusters.items()]
-    ranked.sort(key=lambda cluster: -cluster[1])
-    return Vote(ranked[0][0] if ranked else None, ranked)
+    return sorted(clusters.items(), key=lambda cluster: -len(cluster[1]))
 
 
 # ---- The command line
@@ -425,15 +423,13 @@ class Flags:
 
 def read_rows(path: Path) -> list[dict]:
     """The rows of a file, each with `gold` and `extracted`."""
-    rows = []
-    for line in filter(bytes.strip, path.open("rb")):  # our own files begin with an empty one
-        try:
-            row = json.loads(line)
+    try:
+        rows = read_file(path)
+        for row in rows:
             row["gold"] = str(row["gold"] if "gold" in row else row["answer"])
             row["extracted"] = extract_answer(row["text"])
-        except (ValueError, TypeError, KeyError):
-            raise UserError(f"{path}: row {len(rows) + 1}: no `text`, or no `gold`") from None
-        rows.append(row)
+    except (ValueError, TypeError, KeyError):
+        raise UserError(f"{path}: a row without `text` or `gold`, or damaged") from None
     if not rows:
         raise UserError(f"{path}: no rows")
     return rows

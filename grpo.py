@@ -90,7 +90,7 @@ class Config(DataFlags, AgentFlags):
     preset: Literal["mini", "paper", "zero"] = "paper" if has_cuda() else "mini"  # see presets/
     out: str = "runs/grpo"  # the run's folder
     resume: bool = False  # go on with the run in --out, with its flags; those given now are for now
-    merge: str | None = None  # no training: fold this run's adapter into its base, MERGE/merged
+    merge: Path | None = None  # no training: fold this run's adapter into its base, MERGE/merged
     wandb: bool = False  # log to Weights & Biases too
     steps: int = 40  # rollouts in all
     save_every: int = 5  # steps between checkpoints
@@ -178,13 +178,13 @@ def set_advantages(groups: Groups, config) -> None:
 
     def scaled(rewards: list[float]):  # (N,) to (B, G)
         rewards = torch.tensor(rewards, dtype=torch.float64).view(len(groups), -1)
+        rewards = rewards - rewards[:, :1]  # equal ones are 0 now, and so is their mean: exactly
         centred = rewards - rewards.mean(1, keepdim=True)
-        flat = rewards.amax(1) == rewards.amin(1)  # (B,)
-        centred[flat] = 0  # exactly: the mean of equal numbers may be rounded
         if config.scale_rewards == "none":
             return centred
-        of_batch = config.scale_rewards == "batch"
-        std = centred.std() if of_batch else centred.std(1, keepdim=True)
+        std = centred.std(1, keepdim=True)
+        if config.scale_rewards == "batch":
+            std = centred.std()
         return centred / (std + 1e-4)
 
     if config.reward_aggregation == "sum_then_normalize":
@@ -194,8 +194,8 @@ def set_advantages(groups: Groups, config) -> None:
         for name, weight in reward_weights(config).items():
             result += weight * scaled([trace.rewards[name] for trace in traces])
     if config.skip_flat == "accuracy":
-        flat = [len({trace.rewards["accuracy"] for trace in group}) == 1 for group in groups]
-        result[torch.tensor(flat)] = 0
+        accuracy = scaled([trace.rewards["accuracy"] for trace in traces])
+        result[accuracy == 0] = 0  # where all of a group are right, or none is
     for trace, advantage in zip(traces, result.flatten().tolist()):
         trace.advantage = advantage
 
@@ -221,7 +221,7 @@ def token_logprobs(model, traces: list[Trace], temperature, prefix=None):
 
     # Place t predicts token t + 1. No token sees the padding on its right, because attention is
     # causal, so no attention mask is needed. The decoder is the model without its head.
-    decoder = model.get_base_model().get_decoder()
+    decoder = model.get_decoder()
     output = decoder(input_ids=ids[:, P:-1], past_key_values=cache, use_cache=bool(prefix))
     sampled = mask[:, P + 1 :] == 1  # (R, L-P-1)
     hidden = output.last_hidden_state[sampled]  # (n, D)
@@ -313,12 +313,16 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
                     loss = loss + config.kl_beta * c * kl
                 loss.sum().backward()
 
+                logged = {
+                    "loss": loss,  # of `grpo` about 0: A cancels
+                    "entropy": -old,  # the mean of -log pi estimates it
+                    "logprob_gap": (old - vllm).abs(),
+                    "clip_fraction": clip_acts,
+                    "kl": kl,
+                }
                 sums["tokens"] += len(new)
-                sums["loss"] += loss.double().sum().item()  # of `grpo` about 0: A cancels
-                sums["entropy"] -= old.sum().item()  # the mean of -log pi estimates it
-                sums["logprob_gap"] += (old - vllm).abs().sum().item()
-                sums["clip_fraction"] += clip_acts.sum().item()
-                sums["kl"] += kl.double().sum().item()
+                for name, values in logged.items():
+                    sums[name] += values.double().sum().item()
                 for trace, part in zip(batch, old.split([trace.sampled for trace in batch])):
                     trace.old_logprobs = part.tolist()  # for groups.jsonl
 
@@ -338,15 +342,17 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
     return means | {"loss": totals["loss"] / len(norms), "grad_norm": fmean(norms)}
 
 
-def sync(agent, model, folder, step) -> None:
-    """The trainer's adapter into the engine, under a new name and id: the old ones are cached."""
+def sync(agent, model, folder) -> None:
+    """The trainer's adapter into the engine, under a new name and number.
+
+    vLLM caches by these: neither the old adapter nor its keys and values will be used again.
+    """
     from vllm.lora.request import LoRARequest
 
     save_adapter(model, folder)
-    agent.engine.remove_lora(agent.lora.lora_int_id)
-    agent.lora = LoRARequest(f"step-{step}", step + 1, str(folder))  # load_engine's is number 1
-    agent.engine.add_lora(agent.lora)
-    agent.engine.reset_prefix_cache()  # its keys and values are the old adapter's
+    number = agent.lora.lora_int_id + 1
+    agent.lora = LoRARequest(f"adapter-{number}", number, str(folder))
+    agent.engine.add_lora(agent.lora)  # in the old one's place: there is room for one
 
 
 # ---- Schedules and rollouts
@@ -400,10 +406,8 @@ def roll_out(agent, grader, problems, n, config, team) -> Groups:
 
 def evaluate_policy(agent, grader, problems, config, team) -> dict:
     """Accuracy on held-out problems with its 95 % interval, at evaluate.py's temperature."""
-    flags = agent.flags
-    agent.flags = AgentFlags(agent=flags.agent, end_at=flags.end_at, max_tokens=flags.max_tokens)
+    agent.flags = AgentFlags(agent=config.agent, end_at=config.end_at, max_tokens=config.max_tokens)
     groups = roll_out(agent, grader, problems, config.eval_n, config, team)
-    agent.flags = flags
     shares = [fmean(trace.rewards["accuracy"] for trace in group) for group in groups]
     low, high = interval(shares)
     return {"eval": fmean(shares), "eval_low": low, "eval_high": high}
@@ -452,9 +456,10 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             print(f"step {step:3d}  held out: {score['eval']:.3f}  ({len(held_out)} problems)")
             evals[step] = score["eval"]
             best = max(evals, key=evals.get)  # of equal ones the first
-            if first and step == best:
-                save_adapter(model, out / "adapter")
-            if first:  # written last: once this row is there, so is the best adapter
+            if first:
+                if step == best:
+                    save_adapter(model, out / "adapter")
+                # Written last: once this row is there, so is the best adapter.
                 write_log(out / "eval.jsonl", {"step": step, **score})
         if step >= config.steps or stopping:  # Ctrl-C since then: one more step, which saves
             break
@@ -463,7 +468,7 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
         started = time.monotonic()
         temperature, lr = schedules(step, config)
         seed = trace_seed(config.seed, "step", step)
-        agent.flags = replace(agent.flags, temperature=temperature, seed=seed)
+        agent.flags = replace(flags, temperature=temperature, seed=seed)
         batch = problems_at(step, problems, config)
         groups = roll_out(agent, grader, batch, config.group, config, team)
         rolled_out = time.monotonic()
@@ -474,14 +479,20 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             setting["lr"] = lr
         stats = update(model, optimizer, groups, temperature, config, team)
         step += 1
-        sync(agent, model, served, step)
+        sync(agent, model, served)
 
         # ---- log and save
         if not first:
             continue
-        row = {"step": step, **averages(groups), **stats, "temperature": temperature, "lr": lr}
-        row["seconds_rollout"] = rolled_out - started
-        row["seconds_update"] = time.monotonic() - rolled_out
+        row = {
+            "step": step,
+            **averages(groups),
+            **stats,
+            "temperature": temperature,
+            "lr": lr,
+            "seconds_rollout": rolled_out - started,
+            "seconds_update": time.monotonic() - rolled_out,
+        }
         write_log(out / "metrics.jsonl", row)
         if step % max(1, config.steps // 100) == 0:  # about 100 of a long run
             write_log(out / "groups.jsonl", group_row(step, groups, agent.tokenizer))
@@ -490,8 +501,12 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             wandb.log(row, step=step)
         if step % config.save_every == 0 or step >= config.steps or stop:
             save_adapter(model, out / "last")
-            state = {"step": step, "evals": evals, "adapter": [p.data for p in parameters]}
-            state["optimizer"] = optimizer.state_dict()
+            state = {
+                "step": step,
+                "evals": evals,
+                "adapter": [p.data for p in parameters],
+                "optimizer": optimizer.state_dict(),
+            }
             save_checkpoint(out / "checkpoint.pt", state)
 
     # ---- the end
@@ -552,7 +567,8 @@ def read_config() -> Config:
         return parse(Config, default=PRESETS[given.preset])
     try:
         saved = json.loads(Path(given.out, "config.json").read_text())["flags"]
-        before = Config(**saved | {"where": tuple(saved["where"]), "resume": True})
+        saved["where"] = tuple(saved["where"])
+        before = Config(**saved)
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"--resume: no run in {given.out}: leave it away to start one") from None
     return parse(Config, default=before)
@@ -563,8 +579,8 @@ def check_config(config) -> None:
     if (config.top_p, config.top_k) != (1, 0):
         raise UserError("training needs --top-p 1 --top-k 0: a cut distribution biases the loss")
     check_range(config, 1, 1, "tensor_parallel")  # the model must fit one GPU beside its engine
-    check_range(config, 1, math.inf, "steps", "save_every", "problems", "minibatches", "epochs")
-    check_range(config, 1, math.inf, "eval_problems", "eval_n", "lora_rank", "micro_tokens")
+    counts = "steps save_every problems minibatches epochs eval_problems eval_n lora_rank".split()
+    check_range(config, 1, math.inf, *counts, "micro_tokens")
     check_range(config, 2, math.inf, "group")
     check_range(config, 0, math.inf, "eval_every", "kl_beta", "tis_cap", "weight_decay")
     check_range(config, 0, 1, "warmup", "epsilon_low")
@@ -583,7 +599,8 @@ def load_sets(config) -> tuple[list[Problem], list[Problem]]:
         raise UserError(f"--in-turn {config.in_turn}: give one of {', '.join(problems[0].meta)}")
     size = config.eval_problems if config.eval_every else 0
     if config.eval_dataset and size:
-        held_out = load_problems(replace(config, split=None, limit=size), config.eval_dataset)
+        flags = replace(config, dataset=config.eval_dataset, split=None, limit=size)
+        held_out = load_problems(flags)
     else:
         problems = shuffled(problems, f"{config.seed}/held out", config)
         held_out, problems = problems[:size], problems[size:]
@@ -596,7 +613,7 @@ def main() -> int:
     config = read_config()
     if config.merge:
         prepare_environment(config.verbose)
-        merge(Path(config.merge))
+        merge(config.merge)
         return 0
     team = Team(*take_rank())  # before anything imports torch
     check_config(config)

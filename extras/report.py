@@ -69,8 +69,8 @@ def majority_at(scored: Scored, k: int) -> float:
     """majority@k of a problem: the mean over all subsets of its n traces, or over 200 of them."""
     n = len(scored.rows)
     k = min(k, n)
-    cluster = {i: c for c, (_, _, places) in enumerate(scored.clusters) for i in places}
-    right = [scored.rows[places[0]]["right"] for _, _, places in scored.clusters]
+    cluster = {i: c for c, (_, places) in enumerate(scored.clusters) for i in places}
+    right = [scored.rows[places[0]]["right"] for _, places in scored.clusters]
     subsets, rng, values = combinations(range(n), k), random.Random(scored.id), []
     if math.comb(n, k) > 200:
         subsets = [rng.sample(range(n), k) for _ in range(200)]
@@ -199,7 +199,7 @@ def letters(scored: Scored) -> str:
 
 
 def run_data(i: int, scored: Scored) -> dict:
-    votes = [[a, count, scored.rows[at[0]]["right"]] for a, count, at in scored.clusters]
+    votes = [[a, len(at), scored.rows[at[0]]["right"]] for a, at in scored.clusters]
     return {
         "run": i,
         "flags": letters(scored),

@@ -128,7 +128,7 @@ def test_an_update_reaches_the_engine(loop, model, tmp_path):
     stats = update(model, optimizer, [traces], 1.0, PRESETS["mini"], engine.Team())
     assert stats["logprob_gap"] < 1e-4  # of what the trainer computed to what came with the traces
     assert gap(traces, model, 1.0) > 0.01  # the trainer has another policy now
-    sync(loop, model, tmp_path / "adapter", step=1)
+    sync(loop, model, tmp_path / "adapter")
     assert gap(rollout(loop, JOBS[:2]), model, 1.0) < 1e-3
 
 

@@ -95,7 +95,7 @@ def test_real_outputs(grader, data_dir):
 # ---- Workers
 def test_what_hangs_or_eats_memory_is_ended():
     with Grader(workers=1) as grader:
-        assert grader("x + 17", "9^{9^{9^{9}}}").status in ("timeout", "memory")
+        assert grader("x + 17", "9^{9^{9^{9}}}").status in ("timeout", "error")
         assert grader("x + 17", "\\sum_{n=1}^{10^{9}} \\sin(n)").equal is False
         assert grader("x + 1", "1 + x").equal  # and the next pair is answered
 
@@ -120,9 +120,9 @@ def test_a_worker_that_cannot_start_keeps_nobody_waiting(monkeypatch):
 # ---- Votes and the command
 def test_votes_are_counted_by_equivalence(grader):
     result = vote(["10", None, "10.0", "9", "\\frac{20}{2}", None], grader)
-    assert result.winner == "10" and result.clusters == [("10", 3, [0, 2, 4]), ("9", 1, [3])]
-    assert vote([None, None], grader) == (None, [])
-    assert vote(["b", "a"], grader).winner == "b"  # of a tie the first that was sampled
+    assert result == [("10", [0, 2, 4]), ("9", [3])]
+    assert vote([None, None], grader) == []
+    assert vote(["b", "a"], grader)[0] == ("b", [0])  # of a tie the first that was sampled
 
 
 def test_the_command(tmp_path):

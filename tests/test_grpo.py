@@ -291,6 +291,15 @@ def test_gradient_depends_neither_on_the_cut_nor_on_the_prefix(model, tiny_folde
     assert near(one_update(model, make_groups())[1][0], reference)
 
 
+def test_the_prefix_may_have_nothing_to_train(model, monkeypatch):
+    """As with an adapter of queries alone: the first layer's keys and values have no graph."""
+    for name, p in model.named_parameters():
+        p.requires_grad_("q_proj.lora" in name)
+    _, (shared,) = one_update(model, make_groups())
+    monkeypatch.setattr(grpo, "shared_prefix", lambda *_: contextlib.nullcontext())
+    assert near(shared, one_update(model, make_groups())[1][0])
+
+
 def test_minibatches_and_epochs_are_optimiser_steps_of_which_only_later_ones_clip(model):
     import torch
 
@@ -363,7 +372,8 @@ class ScriptedAgent:
     tokenizer = Mock(decode=str)
 
     def __init__(self, flags):
-        self.flags, self.lora, self.asked = flags, Mock(lora_path=flags.lora), []
+        self.flags, self.asked = flags, []
+        self.lora = Mock(lora_int_id=1, lora_path=flags.lora)
         self.engine = Mock()
 
     def rollout(self, jobs):
@@ -398,7 +408,9 @@ def scripted(agents=None):
         yield agent
 
     modules = {name: Mock() for name in ("vllm", "vllm.lora", "vllm.lora.request")}
-    modules["vllm.lora.request"].LoRARequest = lambda name, number, path: Mock(lora_path=path)
+    modules["vllm.lora.request"].LoRARequest = lambda name, number, path: Mock(
+        lora_int_id=number, lora_path=path
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "open_agent", open_agent)
         for name, module in modules.items():

@@ -166,7 +166,7 @@ def compare(rows: list, flags: Flags) -> None:
         save_adapter(model, live)
         serving = replace(config, lora=str(live))
         agent = stack.enter_context(open_agent(serving, problems, len(jobs)))
-        sync(agent, model, live, 1)
+        sync(agent, model, live)
         engine = agent.engine
         scheduler = engine.vllm_config.scheduler_config
         report(rows, "async scheduling", scheduler.async_scheduling)
