@@ -82,8 +82,8 @@ class Trace:
     @property
     def answer(self) -> str | None:
         """The last box in the model's own prose: not in a call, not in an output."""
-        calls = rf"{CALL_OPEN}.*?(?:{CALL_CLOSE}|\Z)"
-        prose = re.sub(calls, "", "".join(self.texts[::2]), flags=re.DOTALL)
+        calls = rf"(?s){CALL_OPEN}.*?(?:{CALL_CLOSE}|\Z)"
+        prose = re.sub(calls, "", "".join(self.texts[::2]))
         return extract_answer(prose)
 
     @property
@@ -96,11 +96,6 @@ class Trace:
             parts += [("output", text)] if number % 2 else own
         return [(kind, len(part)) for kind, part in parts if part]
 
-    def append(self, ids: list[int], mask: int, logprobs: list[float]) -> None:
-        self.ids += ids
-        self.mask += [mask] * len(ids)
-        self.logprobs += logprobs
-
 
 @dataclass
 class Live:
@@ -112,9 +107,9 @@ class Live:
     started: float = field(default_factory=time.monotonic)
 
 
-def trace_seed(seed: int, *what) -> int:
+def trace_seed(*what) -> int:
     """A seed of its own for each engine request: two of one seed would draw the same noise."""
-    name = "/".join(map(str, (seed, *what)))
+    name = "/".join(map(str, what))
     digest = hashlib.sha256(name.encode()).digest()
     return int.from_bytes(digest[:7])  # 56 bits: vLLM takes 63
 
@@ -129,7 +124,7 @@ class Agent:
     prompt: Prompt
     flags: AgentFlags
     max_len: int  # the context, in tokens
-    slots: int = 64  # traces that decode at once
+    slots: int  # traces that decode at once
     lora: Any = None  # vLLM's LoRARequest
 
     def rollout(self, jobs: Iterable, on_event: Callable = lambda *_: None) -> Iterator[Trace]:
@@ -141,7 +136,7 @@ class Agent:
             decoding   in the engine's batch, which samples one token for each trace in every step
             running    its snippet is in the sandbox; it takes no place in the batch
 
-        on_event(trace, kind, value) sees "text" (a str) and "output" (a Result).
+        on_event(trace, text) sees the trace's text as it grows, outputs too.
         """
         jobs = iter(jobs)
         ready: list[Live] = []
@@ -179,7 +174,7 @@ class Agent:
                 for output in outputs:
                     live = decoding[output.request_id]
                     new = output.outputs[0]  # what this step has added
-                    on_event(live.trace, "text", self.take(live.trace, new))
+                    on_event(live.trace, self.take(live.trace, new))
                     place = self.next_place(live, new)
                     if place == "decoding":
                         continue
@@ -198,8 +193,7 @@ class Agent:
                 ended, _ = wait(running, patience, FIRST_COMPLETED)
                 for future in ended:
                     live = running.pop(future)
-                    on_event(live.trace, "output", future.result())
-                    self.insert(live, future.result())
+                    on_event(live.trace, self.insert(live, future.result()))
                     ready.append(live)
 
                 open_slots = min(self.slots, 8 * open_slots)
@@ -215,11 +209,13 @@ class Agent:
         from vllm.sampling_params import RequestOutputKind
 
         flags, trace = self.flags, live.trace
-        budget = flags.max_tokens - trace.sampled
-        room = self.max_len - len(trace.prompt_ids + trace.ids)  # in the engine's context
-        if min(budget, room) < 1 and not trace.finish:
-            trace.finish = "max_tokens" if budget < 1 else "context"
         if trace.finish:
+            return None
+        context = trace.prompt_ids + trace.ids
+        budget = flags.max_tokens - trace.sampled
+        limit = min(budget, self.max_len - len(context))
+        if limit < 1:
+            trace.finish = "max_tokens" if budget < 1 else "context"
             return None
 
         seed = trace_seed(flags.seed, trace.problem.id, trace.sample, len(trace.ids))
@@ -230,22 +226,24 @@ class Agent:
             top_p=flags.top_p,
             top_k=flags.top_k,
             seed=seed,
-            max_tokens=min(budget, room),
+            max_tokens=limit,
             stop=[*self.prompt.stops, *tags],
             include_stop_str_in_output=True,
             skip_special_tokens=False,
             logprobs=0,  # the sampled token's, and of no other
             output_kind=RequestOutputKind.DELTA,
         )
-        prompt = {"prompt_token_ids": trace.prompt_ids + trace.ids}
+        prompt = {"prompt_token_ids": context}
         self.engine.add_request(name, prompt, params, lora_request=self.lora)
         return name
 
     def take(self, trace: Trace, new) -> str:
         """Append what one engine step has sampled (vLLM's CompletionOutput); returns its text."""
         tok = self.tokenizer
-        rows = zip(new.token_ids, new.logprobs or [], strict=True)
-        trace.append(new.token_ids, 1, [row[token].logprob for token, row in rows])
+        rows = zip(new.token_ids, new.logprobs, strict=True)
+        trace.ids += new.token_ids
+        trace.mask += [1] * len(new.token_ids)
+        trace.logprobs += [row[token].logprob for token, row in rows]
         text = new.text
         last = trace.ids[-1:]
         if last == [tok.eos_token_id]:
@@ -273,15 +271,14 @@ class Agent:
             trace.finish = "answer"
         elif new.finish_reason is None:
             return "decoding"
-        elif new.finish_reason == "stop" and not closed:  # a tag that closes nothing is plain text
-            trace.finish = "eos"
-        elif new.finish_reason not in ("stop", "length"):
-            trace.finish = "error"
+        elif not closed and new.finish_reason != "length":  # a tag that closes nothing is text
+            trace.finish = "eos" if new.finish_reason == "stop" else "error"
         return "ready"
 
-    def insert(self, live: Live, result: Result) -> None:
+    def insert(self, live: Live, result: Result) -> str:
         """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit.
 
+        Returns the text of these tokens.
         It is untrusted: encoded apart, so that nothing in it becomes a control token, and without
         fences, which would end the block. SPLIT (see data.py) goes first: it could hide a fence.
         """
@@ -293,20 +290,23 @@ class Agent:
         shown = encode(tok, disarm(tok, output))
         after = encode(tok, "\n```\n")
 
-        around = len(before + after) + 1  # and a place for the model to go on
-        room = self.max_len - len(trace.prompt_ids + trace.ids) - around
-        room = min(room, OUTPUT_TOKENS)
+        used = len(trace.prompt_ids + trace.ids + before + after)
+        room = min(OUTPUT_TOKENS, self.max_len - used - 1)  # 1: a place for the model to go on
         if len(shown) > room:
             cut = encode(tok, "\n[... cut ...]\n")
             half = (room - len(cut)) // 2
             if half < 1:
                 trace.finish = "context"
-                return
+                return ""
             shown = shown[:half] + cut + shown[-half:]
 
         ids = before + shown + after
-        trace.append(ids, 0, [0.0] * len(ids))
-        trace.texts += [tok.decode(ids, skip_special_tokens=False), ""]
+        trace.ids += ids
+        trace.mask += [0] * len(ids)
+        trace.logprobs += [0.0] * len(ids)
+        text = tok.decode(ids)
+        trace.texts += [text, ""]
+        return text
 
 
 # ---- From flags to an agent
@@ -315,7 +315,7 @@ def check_flags(flags: AgentFlags) -> Prompt:
     if flags.max_tokens is None:
         flags.max_tokens = 1024 if flags.model == "embedded" else 20_000
     if flags.seed < 0:  # drawn once, and from here on as good as given
-        flags.seed = random.SystemRandom().randrange(2**31)
+        flags.seed = random.randrange(2**31)
     check_range(flags, 0, 2, "temperature")
     check_range(flags, 1e-6, 1, "top_p", "gpu_memory_utilization")
     check_range(flags, 0, 10**6, "top_k", "max_calls", "snippet_seconds")
@@ -378,27 +378,25 @@ def as_problem(text: str) -> Problem:
 def solve(agent: Agent, problem: Problem, n: int) -> dict:
     """n traces of one problem and their vote, printed as they come; returns the JSON object."""
 
-    def show(trace: Trace, kind: str, value) -> None:  # one trace as it grows, tags and all
-        text = value if kind == "text" else f"\n```output\n{value.output}\n```\n"
+    def show(_, text: str) -> None:  # one trace as it grows, tags and all
         if n == 1:
             print(escape(text), end="", flush=True)
 
     jobs = [(problem, sample) for sample in range(n)]
-    rows = {}  # by sample number
+    traces = [None] * n  # by sample number
     for trace in agent.rollout(jobs, show):
         cost = f"{trace.sampled} tokens, {len(trace.calls)} calls, {trace.seconds:.1f} s"
         if trace.finish not in ("eos", "answer"):
             cost += f", cut by {trace.finish}"
         print(escape(f"\nanswer: {trace.answer or 'none'}\n({cost})"), flush=True)
-        rows[trace.sample] = {
+        traces[trace.sample] = {
             "text": trace.text,
             "answer": trace.answer,
             "finish": trace.finish,
             "tokens": trace.sampled,
             "calls": [{"code": code, **asdict(result)} for code, result in trace.calls],
         }
-    traces = [rows[sample] for sample in range(n)]
-    with Grader(workers=1) as grader:
+    with Grader() as grader:
         clusters = vote([trace["answer"] for trace in traces], grader)
     votes = [{"answer": answer, "count": len(places)} for answer, places in clusters]
     winner = votes[0]["answer"] if votes else None

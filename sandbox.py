@@ -51,6 +51,7 @@ LAYERS = ("namespace", "rlimits", "uid", "landlock", "seccomp")
 OUTPUT_BYTES = 1 << 20  # a snippet that prints more is stopped
 MEMORY_BYTES = 2 << 30  # a snippet that needs more is stopped
 TICK = 20  # milliseconds between two looks at a running snippet
+PAGE = resource.getpagesize()  # bytes
 ENDED_BY_ITSELF = ("ok", "error", "blocked")  # any other status: its process is gone
 STOPPED = {
     "timeout": "TimeoutError: the snippet ran longer than {:g} s and was stopped",
@@ -152,15 +153,15 @@ class Sandbox(contextlib.AbstractContextManager):
         self.layers = [name for name in layers if mode == "auto" or name != "seccomp"]
         self.pid = os.getpid()
         self.workers = workers or len(os.sched_getaffinity(0))
-        self.lock = threading.Lock()  # for `zygote` and `closed`
-        self.zygote: subprocess.Popen | None = None
+        self.lock = threading.Lock()  # for `zygote`, `control` and `closed`
+        self.zygote, self.control = start_zygote(self.layers)
         self.closed = False
 
         # Idle sessions are kept, up to a number (they take three descriptors each) and a quarter of
         # the memory.
         self.idle: OrderedDict[Process, int] = OrderedDict()  # bytes of each, longest idle first
-        self.room = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 6
-        self.memory = os.sysconf("SC_PHYS_PAGES") * resource.getpagesize() // 4
+        self.room = os.sysconf("SC_OPEN_MAX") // 6
+        self.memory = os.sysconf("SC_PHYS_PAGES") * PAGE // 4
 
         self.threads = ThreadPoolExecutor(self.workers)
         self.ready = self.threads.submit(self.start)
@@ -181,13 +182,11 @@ class Sandbox(contextlib.AbstractContextManager):
             return
         with self.lock:
             self.closed = True
-            if self.zygote:
-                self.zygote.kill()
+            self.zygote.kill()
         self.threads.shutdown()
         self.shrink(0, 0)
-        if self.zygote:
-            self.zygote.wait()
-            self.control.close()
+        self.zygote.wait()
+        self.control.close()
 
     def start(self) -> dict[str, str]:
         """Start the zygote, and judge by a first session what this host gives."""
@@ -222,7 +221,7 @@ class Sandbox(contextlib.AbstractContextManager):
         with self.lock:
             if self.closed:
                 raise SandboxError("the sandbox is closed")
-            if self.zygote is None or self.zygote.poll() is not None:
+            if self.zygote.poll() is not None:
                 self.zygote, self.control = start_zygote(self.layers)
             return self.control
 
@@ -249,8 +248,8 @@ class Process:
         self.control, control = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         read, write = os.pipe()
         os.set_blocking(read, False)
-        self.output = open(read, "rb", buffering=0)
-        with control, open(write, "wb", buffering=0) as output:
+        self.output = open(read, "rb", 0)
+        with control, open(write, "wb", 0) as output:
             socket.send_fds(zygote, [b"fork"], [control.fileno(), output.fileno()])
         self.control.settimeout(300)  # the zygote may still be loading
         said = self.control.recv(1000).decode()  # before any snippet: trusted
@@ -258,7 +257,7 @@ class Process:
             raise OSError(said or "the sandbox's zygote has died")
         self.control.setblocking(False)  # a snippet may leave it full
         self.report = json.loads(said)
-        self.pid = int(self.report.pop("pid"))
+        self.pid = self.report.pop("pid")
         self.pidfd = os.pidfd_open(self.pid)
         self.inherited = self.memory()
         self.events = select.poll()
@@ -279,8 +278,7 @@ class Process:
             status = "crashed"
         while not status:
             event = self.events.poll(TICK)
-            while len(said) <= OUTPUT_BYTES and (chunk := self.output.read(1 << 16)):
-                said += chunk
+            said += self.output.read(OUTPUT_BYTES) or b""  # all that is in the pipe, 64 KB at most
             if len(said) > OUTPUT_BYTES:
                 status = "output"
             elif event:
@@ -289,16 +287,16 @@ class Process:
                 status = "crashed"
             elif time.monotonic() - started > seconds:
                 status = "timeout"
-        taken = time.monotonic() - started
 
         output = snippet.printable(said)
         if status in ENDED_BY_ITSELF:
             self.signal(signal.SIGSTOP)  # a snippet that has forged its reply cannot run on
-            return Result(status, output or "(nothing was printed: use print())", taken)
-        self.kill()
-        why = STOPPED[status].format(seconds)
-        output += f"\n{why}; variables of earlier snippets are kept, its own are not"
-        return Result(status, output.strip("\n"), taken)
+            output = output or "(nothing was printed: use print())"
+        else:
+            self.kill()
+            why = STOPPED[status].format(seconds)
+            output += f"\n{why}; variables of earlier snippets are kept, its own are not"
+        return Result(status, output.strip("\n"), time.monotonic() - started)
 
     def reply(self) -> str:
         """How the snippet ended, in its process's words; crashed where it says anything else."""
@@ -314,9 +312,10 @@ class Process:
 
     def memory(self) -> int:
         """Its resident bytes that are no file's; a new fork has those of the zygote."""
-        with contextlib.suppress(OSError), open(f"/proc/{self.pid}/statm") as file:
-            _, resident, shared, *_ = file.read().split()
-            return (int(resident) - int(shared)) * resource.getpagesize()
+        with contextlib.suppress(OSError):
+            text = Path(f"/proc/{self.pid}/statm").read_text()
+            _, resident, shared, *_ = map(int, text.split())
+            return (resident - shared) * PAGE
         return 0
 
     def signal(self, number: int) -> None:
@@ -335,14 +334,15 @@ def start_zygote(layers: list[str]) -> tuple[subprocess.Popen, socket.socket]:
     """The process that all sessions are forks of, and how to ask it for one."""
     control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     python = [os.path.abspath(sys.executable), "-s", "-B"]  # -I would ignore PYTHONHASHSEED
-    script = os.path.abspath(__file__)
-    environment = {k: v for k, v in os.environ.items() if k == "LD_LIBRARY_PATH"}
-    environment |= {"PYTHONHASHSEED": "0", "LC_ALL": "C.UTF-8"}
-    for library in ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "BLIS"):
-        environment[f"{library}_NUM_THREADS"] = "1"  # a session cannot start a thread
+    environment = {
+        "LD_LIBRARY_PATH": os.environ.get("LD_LIBRARY_PATH", ""),
+        "OMP_NUM_THREADS": "1",  # all libraries obey it: a session cannot start a thread
+        "PYTHONHASHSEED": "0",
+        "LC_ALL": "C.UTF-8",
+    }
     with theirs:
         zygote = subprocess.Popen(
-            [*python, script, "--zygote", str(theirs.fileno()), *layers],
+            [*python, __file__, "--zygote", str(theirs.fileno()), *layers],
             cwd="/",
             env=environment,
             pass_fds=[theirs.fileno()],
@@ -357,13 +357,13 @@ def start_zygote(layers: list[str]) -> tuple[subprocess.Popen, socket.socket]:
 # ---- The zygote
 def zygote_main(control: socket.socket, layers: list[str]) -> None:
     """Load; then fork as often as asked, until the caller is gone and the socket closed."""
-    libc_call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: with the caller's thread
+    libc_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: with the caller's thread
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # no session becomes a zombie
     snippet.preload()
     assert len(os.listdir("/proc/self/task")) == 1, "a fork has no threads"
     while True:
         _, descriptors, _, _ = socket.recv_fds(control, 100, 2)
-        if len(descriptors) != 2:
+        if not descriptors:  # the caller is gone
             return
         session, output = descriptors
         try:
@@ -398,8 +398,8 @@ def lock_in(layers: list[str]) -> dict[str, str]:
     for wall in (rlimits, uid, landlock, seccomp):
         name = wall.__name__
         if name == "landlock":  # after setuid, which clears the first two
-            libc_call("prctl", 1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: with the zygote
-            libc_call("prctl", 4, 0, 0, 0, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem
+            libc_call("prctl", 1, signal.SIGKILL)  # PR_SET_PDEATHSIG: with the zygote
+            libc_call("prctl", 4, 0)  # PR_SET_DUMPABLE: no ptrace, no /proc/PID/mem
             libc_call("prctl", 38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
         try:
             report[name] = f"on: {wall()}" if name in layers else "off: not asked for"
@@ -414,15 +414,23 @@ def libc_call(name: str, *args) -> int:
     wide = [ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args]
     result = getattr(libc, name)(*wide)
     if result < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
     return result
 
 
 def rlimits() -> str:
     """Hard = soft: nothing can be raised again. Memory counts above what the zygote has mapped."""
-    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits = {"AS": mapped + MEMORY_BYTES, "STACK": 64 << 20, "NOFILE": 16}
-    limits |= dict.fromkeys(("FSIZE", "CORE", "MEMLOCK", "NPROC"), 0)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+    limits = {
+        "AS": mapped + MEMORY_BYTES,
+        "STACK": 64 << 20,
+        "NOFILE": 16,
+        "FSIZE": 0,
+        "CORE": 0,
+        "MEMLOCK": 0,
+        "NPROC": 0,
+    }
     for name, value in limits.items():
         which = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(which)[1]
@@ -435,14 +443,15 @@ def uid() -> str:
     """Root becomes an unused uid, so that siblings differ; everybody loses all capabilities."""
     capabilities = re.search(r"CapEff:\s*(\w+)", Path("/proc/self/status").read_text())[1]
     is_able = int(capabilities, 16) >> 5 & 7 == 7  # CAP_KILL (it must be killed), SETGID, SETUID
-    for unused in (2_000_000_000 + os.getpid(), 65534) if is_able else ():
-        with contextlib.suppress(OSError):  # few ids are mapped: try the next
-            os.setresgid(unused, unused, unused)
-            os.setgroups([])
-            os.setresuid(unused, unused, unused)
-            break
+    if is_able:
+        for unused in 2_000_000_000 + os.getpid(), 65534:
+            with contextlib.suppress(OSError):  # few ids are mapped: try the next
+                os.setresgid(unused, unused, unused)
+                os.setgroups([])
+                os.setresuid(unused, unused, unused)
+                break
     header = struct.pack("Ii", 0x20080522, 0)
-    libc_call("capset", ctypes.c_char_p(header), ctypes.c_char_p(bytes(24)))
+    libc_call("capset", header, bytes(24))
     warning = "" if os.getuid() else " (kept: only seccomp stops forks)"
     return f"uid {os.getuid()}{warning}, no capabilities"
 
@@ -451,10 +460,10 @@ def landlock() -> str:
     """Deny every right that this kernel's Landlock knows, on every path."""
     create, restrict = 444, 446
     abi = libc_call("syscall", create, 0, 0, 1)
-    rights = {1: 13, 2: 14, 3: 15, 4: 15}.get(abi, 16)  # refer from 2, truncate 3, ioctl 5
+    rights = 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)  # refer, truncate, ioctl
     rules = struct.pack("QQQ", (1 << rights) - 1, 3, 3)  # TCP from 4, scopes from 6
     size = 8 * (1 + (abi >= 4) + (abi >= 6))
-    ruleset = libc_call("syscall", create, ctypes.c_char_p(rules), size, 0)
+    ruleset = libc_call("syscall", create, rules, size, 0)
     libc_call("syscall", restrict, ruleset, 0)
     os.close(ruleset)
     return f"ABI {abi}"
@@ -464,10 +473,10 @@ def seccomp() -> str:
     """Install the filter: from here on, a system call that it does not allow fails. Try it."""
     if not FILTER:
         raise OSError(0, f"no system call table for {os.uname().machine}")
-    buffer = ctypes.create_string_buffer(FILTER, len(FILTER))
+    buffer = ctypes.create_string_buffer(FILTER)
     length = len(FILTER) // 8
-    header = ctypes.create_string_buffer(struct.pack("HP", length, ctypes.addressof(buffer)))
-    libc_call("prctl", 22, 2, ctypes.addressof(header), 0, 0)
+    header = struct.pack("HP", length, ctypes.addressof(buffer))
+    libc_call("prctl", 22, 2, header)  # PR_SET_SECCOMP
     for attempt in (lambda: os.open("/", 0), socket.socket, lambda: os.fork() or os._exit(0)):
         try:
             attempt()
@@ -489,42 +498,47 @@ SYSCALLS = """
     gettid 186 178           getuid 102 174          geteuid 107 175         getgid 104 176
     getegid 108 177          exit 60 93              exit_group 231 94
 """
-PROT_EXEC, MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB, MAP_POPULATE = 4, 2, 15, 0x40000, 0x8000
-ALL, CLOCK_REALTIME, OF_A_PROCESS = 0xFFFFFFFF, 256, 0x80000000
-CHECKS = {  # (argument, counted from 0; bits to look at; values that may be there)
-    "mmap": [(2, PROT_EXEC, [0]), (3, MAP_TYPE | MAP_HUGETLB | MAP_POPULATE, [MAP_PRIVATE])],
-    "mprotect": [(2, PROT_EXEC, [0])],
+MAP_PRIVATE, MAP_TYPE, MAP_HUGETLB, MAP_POPULATE = 2, 15, 0x40000, 0x8000
+ALL, CLOCK_REALTIME = 0xFFFFFFFF, 256
+# A check: argument, counted from 0; bits to look at; values that may be there.
+NO_EXEC = (2, 4, [0])  # the bit is PROT_EXEC
+OWN_CLOCK = (0, 0x80000000, [0])  # the bit means another process's
+CHECKS = {
+    "mmap": [NO_EXEC, (3, MAP_TYPE | MAP_HUGETLB | MAP_POPULATE, [MAP_PRIVATE])],
+    "mprotect": [NO_EXEC],
     "madvise": [(2, ALL, [4, 8, 14])],  # DONTNEED, FREE, HUGEPAGE
     "futex": [(1, ALL ^ CLOCK_REALTIME, [128, 129, 137, 138])],  # private waits and wakes, no locks
-    "clock_gettime": [(0, OF_A_PROCESS, [0])],
-    "clock_getres": [(0, OF_A_PROCESS, [0])],
-    "clock_nanosleep": [(0, OF_A_PROCESS, [0])],
+    "clock_gettime": [OWN_CLOCK],
+    "clock_getres": [OWN_CLOCK],
+    "clock_nanosleep": [OWN_CLOCK],
 }
 
 
 def seccomp_filter(machine: str) -> bytes:
-    """The allow-list as a BPF program; empty for a machine without a table.
+    """The allow-list as a BPF program; empty for a machine without a table."""
 
-    An instruction is (code, jump if true, jump if false, constant); jumps count from the next one.
-    """
+    def step(code, constant, if_true=0, if_false=0):  # jumps count from the next step
+        return struct.pack("HBBI", code, if_true, if_false, constant)
+
     if machine not in ARCHITECTURES:
         return b""
     column, architecture = ARCHITECTURES[machine]
     LOAD, AND, EQUAL, RETURN = 0x20, 0x54, 0x15, 0x06
     KILL, ALLOW, EPERM = 0x80000000, 0x7FFF0000, 0x50001
-    program = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, architecture), (RETURN, 0, 0, KILL)]
-    program.append((LOAD, 0, 0, 0))  # at 0 is the call's number, at 16 + 8 i its argument i
+    program = step(LOAD, 4) + step(EQUAL, architecture, if_true=1) + step(RETURN, KILL)
+    program += step(LOAD, 0)  # at 0 is the call's number, at 16 + 8 i its argument i
     for name, *numbers in re.findall(r"(\w+) (\d+) (\d+)", SYSCALLS):
-        body = []
+        body = b""
         for argument, bits, values in CHECKS.get(name, []):
-            body += [(LOAD, 0, 0, 16 + 8 * argument), (AND, 0, 0, bits)]  # the lower 32 bits
+            body += step(LOAD, 16 + 8 * argument)  # its lower 32 bits
+            body += step(AND, bits)
             for position, value in enumerate(values):
-                body.append((EQUAL, len(values) - position, 0, value))
-            body.append((RETURN, 0, 0, EPERM))
-        body.append((RETURN, 0, 0, ALLOW))
-        program += [(EQUAL, 0, len(body), int(numbers[column])), *body]
-    program.append((RETURN, 0, 0, EPERM))
-    return b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+                body += step(EQUAL, value, if_true=len(values) - position)
+            body += step(RETURN, EPERM)
+        body += step(RETURN, ALLOW)
+        program += step(EQUAL, int(numbers[column]), if_false=len(body) // 8)  # 8 bytes a step
+        program += body
+    return program + step(RETURN, EPERM)
 
 
 FILTER = seccomp_filter(os.uname().machine)
@@ -532,18 +546,19 @@ FILTER = seccomp_filter(os.uname().machine)
 
 # ---- The command
 def main() -> int:
-    """Run a snippet of untrusted Python."""
     import tyro
 
     from cli import UserError, parse  # here: the zygote and its forks do without
 
     @dataclass(kw_only=True)
     class Flags:
+        """Run a snippet of untrusted Python."""
+
         code: tyro.conf.Positional[str] = ""  # the snippet, or - for standard input
-        check: tyro.conf.FlagCreatePairsOff[bool] = False  # print which layers this host gives
+        check: bool = False  # print which layers this host gives
         sandbox: Literal["auto", "limits-only"] = "auto"  # limits-only: no seccomp
 
-    flags = parse(Flags, description=main.__doc__)
+    flags = parse(Flags)
     if not flags.check and not flags.code.strip():
         raise UserError("give a snippet, or - to read it from standard input")
     code = sys.stdin.read() if flags.code == "-" else flags.code
@@ -551,7 +566,8 @@ def main() -> int:
         with Sandbox(workers=1, mode=flags.sandbox) as box:
             report = box.wait_ready()
             if flags.check:
-                print("\n".join(f"{name:12} {said}" for name, said in report.items()))
+                for name, said in report.items():
+                    print(f"{name:12} {said}")
                 return 0
             result = box.session().run(code)
     except SandboxError as error:
@@ -561,7 +577,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--zygote"]:
+    if "--zygote" in sys.argv:
         zygote_main(socket.socket(fileno=int(sys.argv[2])), sys.argv[3:])
     else:
         from cli import run_main

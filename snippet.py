@@ -9,7 +9,6 @@ import ast
 import builtins
 import contextlib
 import importlib
-import itertools
 import os
 import pkgutil
 import re
@@ -54,6 +53,7 @@ def guarded_import(name, globals=None, locals=None, fromlist=(), level=0):
 WARM_UP = """
 import gc, os, random, sys, warnings
 import numpy, sympy
+from scipy import *  # its parts, which it imports when they are asked for
 
 sys.set_int_max_str_digits(200_000)
 sys.setrecursionlimit(10_000)  # with 64 MB of stack
@@ -85,7 +85,7 @@ def preload() -> None:
             load(module.name)
     for name in ABSENT:
         del sys.modules[name]
-    for name in ALLOWED + [f"scipy.{name}" for name in dir(importlib.import_module("scipy"))]:
+    for name in ALLOWED:
         load(name)
     exec(WARM_UP, {})
 
@@ -99,16 +99,16 @@ def load(name: str) -> None:
 # ---- From a model's text to what it gives
 KEEP_BYTES = 4 << 10  # head and tail of an output that are kept
 SOURCES: dict[str, list[str]] = {}  # the lines of this session's snippets
-LOOKALIKES = {"÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "²": "**2", "³": "**3"}
-LOOKALIKES |= dict(zip("−–×·“”‘’", "--**\"\"''"))
+LOOKALIKES = str.maketrans("−–×·“”‘’", "--**\"\"''")
+LOOKALIKES |= str.maketrans({"÷": "/", "≤": "<=", "≥": ">=", "≠": "!=", "²": "**2", "³": "**3"})
 
 
 def parse(code: str, filename: str) -> ast.Module:
     """The tree of a snippet: as written but for `In [1]:`, else without what surrounds it."""
     code = re.sub(r"\A\s*(?:python3?|py)[ \t]*\n", "", code)  # left over from a fence
     code = re.sub(r"(?m)^[ \t]*(?:In ?\[\d*\]|\.\.\.): ?|^Out ?\[\d*\]:.*$", "", code)
-    looks = str.maketrans(LOOKALIKES)
-    for text in (code, unwrap(code), unwrap(unwrap(code).translate(looks))):
+    plain = unwrap(code)
+    for text in code, plain, unwrap(plain.translate(LOOKALIKES)):
         SOURCES[filename] = text.split("\n")
         try:
             return ast.parse(text, filename)
@@ -134,19 +134,18 @@ def unwrap(code: str) -> str:
 
 def serve(guarded: bool) -> None:
     """Snippets from descriptor 3, all in one namespace, a status as reply, until it closes."""
-    inside = {**vars(builtins), "exit": sys.exit, "quit": sys.exit}
+    inside = dict(vars(builtins))
     if guarded:
         inside["__import__"] = guarded_import
     namespace = {"__name__": "__main__", "__builtins__": inside}
     libraries = ("random", "numpy.random", "sympy.core.random")
     seeds = [importlib.import_module(name).seed for name in libraries]
-    for number in itertools.count():
-        code = os.read(3, 1 << 20).decode("utf-8", "surrogatepass")
-        if not code:
-            return
+    number = 0
+    while code := os.read(3, 1 << 20).decode("utf-8", "surrogatepass"):
         for seed in seeds:  # so that a replay draws the same
             seed(number)
         os.write(3, run(code, f"<snippet {number}>", namespace).encode())
+        number += 1
 
 
 def run(code: str, filename: str, namespace: dict) -> str:
@@ -164,8 +163,9 @@ def run(code: str, filename: str, namespace: dict) -> str:
         value = eval(last, namespace) if last else None
         # As a REPL, but numbers of these libraries without their constructors.
         if not isinstance(value, MagicMock | None):
-            library = type(value).__module__.split(".")[0] in ("numpy", "sympy", "mpmath")
-            out.write((str(value) if library else repr(value)) + "\n")
+            library = type(value).__module__.startswith(("numpy", "sympy", "mpmath"))
+            show = str if library else repr
+            out.write(show(value) + "\n")
     except SystemExit as end:  # exit(): what was printed stands
         out.write(f"{end.code}\n" if isinstance(end.code, str) else "")
     except (PermissionError, Refused) as error:
@@ -189,19 +189,19 @@ def explain(error: BaseException) -> str:
         text = str(error.msg if isinstance(error, SyntaxError) else error)
     except BaseException:
         text = "(the message could not be made)"
-    text = f"{type(error).__name__}: {text}" if text else type(error).__name__
+    text = f"{type(error).__name__}: {text}".removesuffix(": ")
     text = re.sub(r"(?<![\w.)])(?:/[\w.@+~-]+)+/(?=\w)", "", text)  # no folder of this machine
-    if isinstance(error, PermissionError) and error.errno:
+    if isinstance(error, PermissionError):
         text += "; snippets have no files, network or processes"
     if len(text) > 1000:
         text = text[:500] + " ... " + text[-500:]
-    places = [(getattr(error, "filename", ""), getattr(error, "lineno", 0) or 1)]
-    for frame, number in traceback.walk_tb(error.__traceback__):
-        places.append((frame.f_code.co_filename, number))
-    places = [place for place in places if place[0] in SOURCES]
-    if not places:
+    filename = getattr(error, "filename", "")  # a SyntaxError's place, where no frame is ours
+    number = getattr(error, "lineno", 0) or 1
+    for frame, at in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename in SOURCES:
+            filename, number = frame.f_code.co_filename, at
+    if filename not in SOURCES:
         return text
-    filename, number = places[-1]
     line = "".join(SOURCES[filename][number - 1 : number]).strip()[:120]
     whose = "line" if filename == next(reversed(SOURCES)) else "an earlier snippet's line"
     return f"{text} ({whose} {number}: {line})"
