@@ -383,26 +383,22 @@ def shared_prefix(model, prompts: list[list[int]]):
         yield None
         return
 
-    def compute():
-        cache = DynamicCache()
-        inputs = torch.tensor([ids], device=model.device)  # (1, P)
-        model.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
-        assert cache.get_seq_length() == len(ids), "the model dropped its cache"
-        return [(layer.keys, layer.values) for layer in cache.layers]  # (1, heads, P, D) each
+    cache = DynamicCache()
+    inputs = torch.tensor([ids], device=model.device)  # (1, P)
+    model.get_decoder()(input_ids=inputs, past_key_values=cache, use_cache=True)
+    assert cache.get_seq_length() == len(ids), "the model dropped its cache"
+    computed = []  # with a graph: keys and values of each layer, (1, heads, P, D) each
+    for layer in cache.layers:
+        computed += [layer.keys, layer.values]
+    leaves = [tensor.detach().requires_grad_() for tensor in computed]
 
     def expand(N):  # views, not copies
-        size = (N, -1, -1, -1)
-        return len(ids), DynamicCache([(k.expand(size), v.expand(size)) for k, v in pairs])
+        views = [leaf.expand(N, -1, -1, -1) for leaf in leaves]
+        return len(ids), DynamicCache(zip(views[::2], views[1::2]))
 
-    with torch.no_grad():
-        pairs = compute()
-    tensors = sum(pairs, ())
-    for tensor in tensors:
-        tensor.requires_grad_()
     yield expand
-    # Then the prefix again, with a graph: its backward pass starts at the gathered gradients.
-    products = [(again * tensor.grad).sum() for again, tensor in zip(sum(compute(), ()), tensors)]
-    sum(products).backward()
+    # Through the prefix: its backward pass starts with the gathered gradients.
+    sum((tensor * leaf.grad).sum() for tensor, leaf in zip(computed, leaves)).backward()
 
 
 # ---- Ranks

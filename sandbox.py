@@ -119,7 +119,11 @@ class Session:
             return Result("crashed", f"CrashError: no process could be started: {error}", 0.0)
         if result.status in ENDED_BY_ITSELF:
             self.history.append((code, result))
-            self.box.shelve(self)
+            # Idle now: its process becomes the box's, which may kill it.
+            self.box.idle[self.process] = self.process.memory() - self.process.inherited
+            self.box.shrink(self.box.room, self.box.memory)
+            if self.closed.is_set():  # while it ran
+                self.close()
         return replace(result, output=note + result.output)
 
     def prepare(self) -> str:
@@ -224,13 +228,6 @@ class Sandbox(contextlib.AbstractContextManager):
             if self.zygote.poll() is not None:
                 self.zygote, self.control = start_zygote(self.layers)
             return self.control
-
-    def shelve(self, session: Session) -> None:
-        """Make an idle session's process the box's, which may kill it."""
-        self.idle[session.process] = session.process.memory() - session.process.inherited
-        self.shrink(self.room, self.memory)
-        if session.closed.is_set():
-            session.close()
 
     def shrink(self, room: int, memory: int) -> None:
         """Kill the longest idle sessions until so many are left, of so many bytes together."""
