@@ -278,9 +278,9 @@ class Agent:
     def insert(self, live: Live, result: Result) -> str:
         """Append a snippet's output as tokens with mask 0; ends the trace where it does not fit.
 
-        Returns the text of these tokens.
-        It is untrusted: encoded apart, so that nothing in it becomes a control token, and without
-        fences, which would end the block. SPLIT (see data.py) goes first: it could hide a fence.
+        Returns their text. The output is untrusted: encoded apart, so that nothing in it becomes a
+        control token, and without fences, which would end the block. SPLIT (see data.py) goes
+        first: it could hide a fence.
         """
         tok, trace = self.tokenizer, live.trace
         trace.calls.append((live.code, result))

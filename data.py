@@ -149,9 +149,7 @@ def clean_answer(value) -> str | None:
     """A gold answer as text: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27."""
     if isinstance(value, list):  # OlympiadBench: its items often stand in dollar signs
         value = ", ".join(str(item).strip("$ ") for item in value)
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    text = "" if value is None else str(value)
+    text = "" if value is None else str(value).removesuffix(".0")
     _, mark, last = text.rpartition("####")
     if mark:
         text = last.replace(",", "")

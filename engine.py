@@ -1,7 +1,4 @@
-"""Models: their names, into vLLM, into the trainer; and several ranks of all that.
-
-Nothing here belongs to the method: agent.py asks for an engine, grpo.py for a model to train.
-"""
+"""Models by their names, into vLLM, into the trainer; ranks. Nothing here belongs to the method."""
 
 import contextlib
 import importlib.metadata

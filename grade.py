@@ -133,16 +133,14 @@ def number(text: str) -> Decimal | None:
 
 
 def rounds(decimal: Decimal, exact: Fraction) -> bool:
-    """Whether a decimal of six digits or more is an exact value, rounded or cut.
-
-    The last digits of a float are noise: 0.30000000000000004 is 0.3.
-    """
+    """Whether a decimal of six digits or more is an exact value, rounded or cut."""
     _, digits, exponent = decimal.as_tuple()
     if exponent >= 0 or len(digits) < 6:
         return False
     written = Fraction(decimal)
     unit = Fraction(10) ** exponent  # of the last digit
     is_cut = written / unit in (round(exact / unit), int(exact / unit))
+    # The last digits of a float are noise: 0.30000000000000004 is 0.3.
     return is_cut or abs(written - exact) < min(abs(exact), 10**8) / 10**14
 
 
@@ -421,8 +419,8 @@ class Flags:
     file: tyro.conf.Positional[Path]  # rows (.jsonl) of `text`, and `gold` or `answer`
 
 
-def read_rows(path: Path) -> list[dict]:
-    """The rows of a file, each with `gold` and `extracted`."""
+def main() -> None:
+    path = parse(Flags).file
     try:
         rows = read_file(path)
         for row in rows:
@@ -432,13 +430,7 @@ def read_rows(path: Path) -> list[dict]:
         raise UserError(f"{path}: a row without `text` or `gold`, or damaged") from None
     if not rows:
         raise UserError(f"{path}: no rows")
-    return rows
-
-
-def main() -> None:
-    flags = parse(Flags)
-    rows = read_rows(flags.file)
-    out = flags.file.with_suffix(".graded.jsonl")
+    out = path.with_suffix(".graded.jsonl")
     with Grader() as grader, out.open("w") as file:
         for row in rows:
             grader.submit(row["gold"], row["extracted"])

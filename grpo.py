@@ -343,10 +343,7 @@ def update(model, optimizer, groups: Groups, temperature, config, team) -> dict:
 
 
 def sync(agent, model, folder) -> None:
-    """The trainer's adapter into the engine, under a new name and number.
-
-    vLLM caches by these: neither the old adapter nor its keys and values will be used again.
-    """
+    """The trainer's adapter into the engine, under a new name and number: vLLM caches by them."""
     from vllm.lora.request import LoRARequest
 
     save_adapter(model, folder)
@@ -501,12 +498,8 @@ def train(config, problems: list[Problem], held_out: list[Problem], team, stack)
             wandb.log(row, step=step)
         if step % config.save_every == 0 or step >= config.steps or stop:
             save_adapter(model, out / "last")
-            state = {
-                "step": step,
-                "evals": evals,
-                "adapter": [p.data for p in parameters],
-                "optimizer": optimizer.state_dict(),
-            }
+            state = {"step": step, "evals": evals, "optimizer": optimizer.state_dict()}
+            state["adapter"] = [p.data for p in parameters]
             save_checkpoint(out / "checkpoint.pt", state)
 
     # ---- the end

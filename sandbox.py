@@ -74,14 +74,11 @@ class Result:
 
 # ---- The pool: sessions, and threads that wait for their snippets
 class Session:
-    """The variables of one trace: a process, and the snippets that can make it again.
-
-    One thread at a time owns the process: a worker, or who takes it out of `box.idle`.
-    """
+    """The variables of one trace: a process, and the snippets that can make it again."""
 
     def __init__(self, box: "Sandbox"):
         self.box = box
-        self.process: Process | None = None
+        self.process: Process | None = None  # a worker's, or his who takes it out of box.idle
         self.history: list[tuple[str, Result]] = []  # snippets that ended by themselves
         self.closed = threading.Event()
 
@@ -261,10 +258,7 @@ class Process:
         self.events.register(self.control, select.POLLIN)
 
     def run(self, code: str, seconds: float, closed: threading.Event) -> Result:
-        """Send a snippet; read its output at each tick (so a flood costs nothing) until it ends.
-
-        Unless it ended by itself, the process is dead afterwards.
-        """
+        """Send a snippet; read its output at each tick (so a flood costs nothing) until it ends."""
         started = time.monotonic()
         said = b""
         status = ""
@@ -419,15 +413,9 @@ def libc_call(name: str, *args) -> int:
 def rlimits() -> str:
     """Hard = soft: nothing can be raised again. Memory counts above what the zygote has mapped."""
     mapped = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
-    limits = {
-        "AS": mapped + MEMORY_BYTES,
-        "STACK": 64 << 20,
-        "NOFILE": 16,
-        "FSIZE": 0,
-        "CORE": 0,
-        "MEMLOCK": 0,
-        "NPROC": 0,
-    }
+    limits = {"AS": mapped + MEMORY_BYTES, "STACK": 64 << 20, "NOFILE": 16}
+    for name in "FSIZE CORE MEMLOCK NPROC".split():
+        limits[name] = 0
     for name, value in limits.items():
         which = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(which)[1]
