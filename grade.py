@@ -66,6 +66,7 @@ SPELLINGS = {
     "'": "_{prime}",  # math-verify would drop it
     r"\in ": "=",  # x \in [0, 1) names a value, as x = 5 does
     r"\mbox": r"\text",
+    r"frac\pi": r"frac{\pi}",
     r"\langle": "(",
     r"\rangle": ")",
     r"\varnothing": r"\emptyset",
@@ -91,7 +92,7 @@ def tidy(text: str) -> str:
     """An answer without LaTeX's noise; its meaning stays."""
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
-    text = re.sub(r"(√|\\sqrt) *(\d+)", r"\\sqrt{\2}", text)  # √12 is not √1 times 2
+    text = re.sub(r"(√|\\sqrt) *(\d+|\([^()]*\))", r"\\sqrt{\2}", text)  # √12 is not √1 times 2
     for spelling, usual in SPELLINGS.items():
         text = text.replace(spelling, usual)
     text = re.sub(r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}", text)
