@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a script's background
-# `make test` runs two tests at a time, on a machine that may be busy: there two threads that wait
-# for each other at every layer of a model would take forty times as long as one.
+# `make test` runs two tests at a time, on a machine that may be busy: there two threads, which wait
+# for each other at every layer of a model, took two to eight times as long as one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
