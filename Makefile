@@ -14,8 +14,8 @@ PIP     = $(PY) -m pip install --no-compile
 LOG     = >>.venv/setup.log 2>&1 || { tail -n 3 .venv/setup.log; echo "setup: pip failed, see .venv/setup.log"; exit 2; } >&2
 stop    = { echo "setup: $(1): name another one: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 2; }
 
-# Two files of tests at a time, one thread each (tests/conftest.py): half the time on two cores.
-TESTS   = $(PY) -m pytest -q -rs -n 2 --dist loadfile
+# Two files of tests at a time, one thread each (tests/conftest.py): half the time on two cores. One GPU holds one engine.
+TESTS   = $(PY) -m pytest -q -rs -n $(if $(GPU),0,2) --dist loadfile
 
 # The evaluations of `make reproduce`; GSM8K and SVAMP may be files: make reproduce-full GSM8K=rows.jsonl
 RUN    := runs/reproduce

@@ -315,7 +315,7 @@ def check_flags(flags: AgentFlags) -> Prompt:
     if flags.max_tokens is None:
         flags.max_tokens = 1024 if flags.model == "embedded" else 20_000
     if flags.seed < 0:  # drawn once, and from here on as good as given
-        flags.seed = random.randrange(2**31)
+        flags.seed = random.SystemRandom().randrange(2**31)
     check_range(flags, 0, 2, "temperature")
     check_range(flags, 1e-6, 1, "top_p", "gpu_memory_utilization")
     check_range(flags, 0, 10**6, "top_k", "max_calls", "snippet_seconds")

@@ -149,7 +149,9 @@ def clean_answer(value) -> str | None:
     """A gold answer as text: lists joined, GSM8K's `... #### 1,234` cut to 1234, 27.0 as 27."""
     if isinstance(value, list):  # OlympiadBench: its items often stand in dollar signs
         value = ", ".join(str(item).strip("$ ") for item in value)
-    text = "" if value is None else str(value).removesuffix(".0")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = "" if value is None else str(value)
     _, mark, last = text.rpartition("####")
     if mark:
         text = last.replace(",", "")
@@ -209,7 +211,7 @@ def read_prompt(flags: AgentFlags) -> Prompt:
     if style not in ("turns", "system", "none"):
         style, file = usual, flags.few_shot
     file = Path(file or HERE / "fewshot.txt")
-    examples = file.read_text(errors="replace").strip()
+    examples = file.read_text(encoding="utf-8", errors="replace").strip()
     name = "turns" if style == "turns" else "agent"
     *messages, last = read_prompt_file(name).messages
     if style == "system":
@@ -232,7 +234,7 @@ def read_prompt_file(name: str) -> Prompt:
     if not file.is_file():
         file = Path(name)
     try:
-        text = file.read_text()
+        text = file.read_text(encoding="utf-8")
         fields = {"text": text, "stops": BASE_STOPS}
         if file.suffix == ".json":
             fields = json.loads(text)

@@ -395,7 +395,9 @@ def shared_prefix(model, prompts: list[list[int]]):
 
     yield expand
     # Through the prefix: its backward pass starts with the gathered gradients.
-    sum((tensor * leaf.grad).sum() for tensor, leaf in zip(computed, leaves)).backward()
+    total = sum((tensor * leaf.grad).sum() for tensor, leaf in zip(computed, leaves))
+    if total.requires_grad:  # else nothing that is trained comes before the last layer's keys
+        total.backward()
 
 
 # ---- Ranks

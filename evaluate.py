@@ -120,7 +120,7 @@ def read_traces(folder: Path) -> dict:
     rows = {}
     for path in folder.glob("traces*.jsonl"):
         for line in path.open("rb"):
-            with contextlib.suppress(ValueError):  # an empty line, or a row that a kill cut in two
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # cut in two, or not ours
                 row = json.loads(line)
                 rows[row["dataset"], row["id"], row["sample"]] = row
     return rows
@@ -131,7 +131,7 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     if not path.exists():
         return {}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, TypeError):
         config = json.loads(path.read_bytes())
         if "settings" in config:
             return config

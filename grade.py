@@ -66,7 +66,6 @@ SPELLINGS = {
     "'": "_{prime}",  # math-verify would drop it
     r"\in ": "=",  # x \in [0, 1) names a value, as x = 5 does
     r"\mbox": r"\text",
-    r"frac\pi": r"frac{\pi}",
     r"\langle": "(",
     r"\rangle": ")",
     r"\varnothing": r"\emptyset",
@@ -93,6 +92,7 @@ def tidy(text: str) -> str:
     from latex2sympy2_extended.math_normalization import NormalizationConfig, normalize_latex
 
     text = re.sub(r"(√|\\sqrt) *(\d+|\([^()]*\))", r"\\sqrt{\2}", text)  # √12 is not √1 times 2
+    text = re.sub(r"frac\\pi *(\d(?!\d)|\{)", r"frac{\\pi}\1", text)  # \frac\pi12 is in doubt
     for spelling, usual in SPELLINGS.items():
         text = text.replace(spelling, usual)
     text = re.sub(r"\\\$\s*([\d.,]*\d)", r"\1\\text{dollars}", text)

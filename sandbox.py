@@ -155,7 +155,6 @@ class Sandbox(contextlib.AbstractContextManager):
         self.pid = os.getpid()
         self.workers = workers or len(os.sched_getaffinity(0))
         self.lock = threading.Lock()  # for `zygote`, `control` and `closed`
-        self.zygote, self.control = start_zygote(self.layers)
         self.closed = False
 
         # Idle sessions are kept, up to a number (they take three descriptors each) and a quarter of
@@ -164,7 +163,8 @@ class Sandbox(contextlib.AbstractContextManager):
         self.room = os.sysconf("SC_OPEN_MAX") // 6
         self.memory = os.sysconf("SC_PHYS_PAGES") * PAGE // 4
 
-        self.threads = ThreadPoolExecutor(self.workers)
+        self.threads = ThreadPoolExecutor(self.workers)  # the zygote dies with the one it is from
+        self.zygote, self.control = self.threads.submit(start_zygote, self.layers).result()
         self.ready = self.threads.submit(self.start)
 
     def __exit__(self, *_):
@@ -190,7 +190,7 @@ class Sandbox(contextlib.AbstractContextManager):
         self.control.close()
 
     def start(self) -> dict[str, str]:
-        """Start the zygote, and judge by a first session what this host gives."""
+        """Wait for the zygote, and judge by a first session what this host gives."""
         try:
             first = self.new_process()
         except OSError as error:
