@@ -291,10 +291,11 @@ def test_gradient_depends_neither_on_the_cut_nor_on_the_prefix(model, tiny_folde
     assert near(one_update(model, make_groups())[1][0], reference)
 
 
-def test_the_prefix_may_have_nothing_to_train(model, monkeypatch):
-    """As with an adapter of queries alone: the first layer's keys and values have no graph."""
+@pytest.mark.parametrize("part", ["q_proj.lora", "layers.1.mlp.down_proj.lora"])
+def test_the_prefix_may_have_nothing_to_train(model, monkeypatch, part):
+    """Queries alone: the first layer's keys have no graph. The last layer's end: none has one."""
     for name, p in model.named_parameters():
-        p.requires_grad_("q_proj.lora" in name)
+        p.requires_grad_(part in name)
     _, (shared,) = one_update(model, make_groups())
     monkeypatch.setattr(grpo, "shared_prefix", lambda *_: contextlib.nullcontext())
     assert near(shared, one_update(model, make_groups())[1][0])
