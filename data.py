@@ -62,8 +62,8 @@ def load_problems(flags: DataFlags, need_answer=True) -> list[Problem]:
         if len(found) == flags.limit:
             break
     if not found:
-        found = f"no rows {' '.join(flags.where)} (columns: {', '.join(row)})"
-        raise UserError(f"{flags.dataset}: {found}")
+        what = f"no rows {' '.join(flags.where)} (columns: {', '.join(row)})"
+        raise UserError(f"{flags.dataset}: {what}")
     return list(found.values())
 
 

@@ -78,7 +78,7 @@ class Session:
 
     def __init__(self, box: "Sandbox"):
         self.box = box
-        self.process: Process | None = None  # a worker's, or his who takes it out of box.idle
+        self.process: Process | None = None  # of a worker, or of who takes it out of box.idle
         self.history: list[tuple[str, Result]] = []  # snippets that ended by themselves
         self.closed = threading.Event()
 

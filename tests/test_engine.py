@@ -130,6 +130,10 @@ def test_an_update_reaches_the_engine(loop, model, tmp_path):
     assert gap(traces, model, 1.0) > 0.01  # the trainer has another policy now
     sync(loop, model, tmp_path / "adapter")
     assert gap(rollout(loop, JOBS[:2]), model, 1.0) < 1e-3
+    for p in model.parameters():
+        p.data.mul_(0.9 if p.requires_grad else 1.0)
+    sync(loop, model, tmp_path / "adapter")  # the third adapter in the place of the second
+    assert gap(rollout(loop, JOBS[:1]), model, 1.0) < 1e-3
 
 
 @pytest.mark.engine
